@@ -63,7 +63,7 @@ def constraints(
         noise: 1 / w_i >= 0 instead of weights; 0 asks for equality.
 
     Raises:
-        SolverError: shapes that do not fit, weights <= 0, noise < 0, or both given.
+        SolverError: no constraints, shapes that do not fit, weights <= 0, noise < 0, or both given.
         NonFiniteError: NaN or infinity in the kernel, keys or values.
     """
     kernel, keys, values = (_wide(x) for x in (kernel, keys, values))
@@ -87,6 +87,8 @@ def _check_shapes(kernel: np.ndarray, keys: np.ndarray, values: np.ndarray) -> N
         raise SolverError(f"kernel [n, v], keys [m, n] and values [m, v] must be matrices, got {shapes}")
     if keys.shape[1] != kernel.shape[0] or values.shape[1] != kernel.shape[1] or len(keys) != len(values):
         raise SolverError(f"shapes do not fit: kernel [n, v], keys [m, n], values [m, v] expected, got {shapes}")
+    if not len(keys):
+        raise SolverError(f"no constraints: give at least one key with its target, got {shapes}")
 
 
 def _noise(m: int, weights: Real[AnyArray, "w"] | None, noise: Real[AnyArray, "w"] | float | None) -> Float[np.ndarray, "m"]:

@@ -86,9 +86,9 @@ def one_time(prior: Prior, constraints: Constraints, *, form: Form = "auto", dty
         The update [n, v] and its status; the update is exactly 0 where the status is not ok.
 
     Raises:
-        SolverError: keys that do not fit the prior, or an unknown form.
+        SolverError: no constraints, keys that do not fit the prior, or an unknown form.
     """
-    _check_width(prior, constraints)
+    check_fits(prior, constraints)
     chosen = choose_form(constraints.size, prior.rank, form, equality=_any_zero(constraints.noise))
     solver = dual.solve if chosen == "dual" else primal.solve
     update, status = solver(*_whitened(prior, constraints))
@@ -140,9 +140,9 @@ def step(state: State, prior: Prior, block: Constraints, *, dtype: DTypeLike | N
         dtype: of the step's factors; the prior's by default.
 
     Raises:
-        SolverError: keys that do not fit the prior, or a block larger than the state's capacity.
+        SolverError: no constraints, keys that do not fit the prior, or a block larger than the state's capacity.
     """
-    _check_width(prior, block)
+    check_fits(prior, block)
     if isinstance(state, DualState) and block.size > state.capacity:
         raise SolverError(f"a block of {block.size} exceeds the capacity {state.capacity}: grow the state first")
     rows, out = _whitened(prior, block), _result_dtype(prior, dtype)
@@ -202,7 +202,8 @@ def refit(
 ) -> tuple[State, Status]:
     """A state built from all its constraints in one go, as after a retraction: nothing of the history remains.
 
-    `capacity` (the number of constraints by default) is the room of a dual state. Pure.
+    `capacity` (the number of constraints by default) is the room of a dual state. No constraints give an empty state, for
+    all of them may have been retracted. Pure.
     """
     _check_width(prior, constraints)
     room = constraints.size if capacity is None else capacity
@@ -274,6 +275,13 @@ def _any_zero(noise: Float[AnyArray, "m"]) -> bool:
 
 def _known(array: AnyArray) -> bool:
     return not isinstance(array, jax.core.Tracer)
+
+
+def check_fits(prior: Prior, constraints: Constraints) -> None:
+    """Raises SolverError for no constraints, or keys of another width than the prior's."""
+    if not constraints.size:
+        raise SolverError("no constraints to solve for: give at least one; the edit of none is 0, and needs no solver")
+    _check_width(prior, constraints)
 
 
 def _check_width(prior: Prior, constraints: Constraints) -> None:

@@ -57,8 +57,23 @@ def factored(
     rows: Float[AnyArray, "m r"], residuals: Float[AnyArray, "m v"], noise: Float[AnyArray, "m"]
 ) -> tuple[PrimalState, Status]:
     """A state built from many rows at once by Cholesky of S. Empty if it fails."""
-    factor, right, status = _system(rows, residuals, noise)
-    identity = jnp.eye(rows.shape[1], dtype=rows.dtype)
+    return from_normal(*normal(rows, residuals, noise))
+
+
+@compiled
+def normal(
+    rows: Float[AnyArray, "m r"], residuals: Float[AnyArray, "m v"], noise: Float[AnyArray, "m"]
+) -> tuple[Float[Array, "r r"], Float[Array, "r v"]]:
+    """U' W U and U' W R0: all that the update depends on."""
+    weighted = rows / noise[:, None]
+    return matmul(weighted.T, rows), matmul(weighted.T, residuals)
+
+
+@compiled
+def from_normal(gram: Float[AnyArray, "r r"], right: Float[AnyArray, "r v"]) -> tuple[PrimalState, Status]:
+    """The state of constraints with this U' W U and U' W R0. Empty if it fails."""
+    factor, status = _factor(gram, right)
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
     inverse = solve_lower(factor, solve_lower(factor, identity), transpose=True)
     update = solve_lower(factor, solve_lower(factor, right), transpose=True)
     return PrimalState(
@@ -80,18 +95,14 @@ def solve(
     rows: Float[AnyArray, "m r"], residuals: Float[AnyArray, "m v"], noise: Float[AnyArray, "m"]
 ) -> tuple[Float[Array, "r v"], Status]:
     """One-time edit in whitened coordinates, S^-1 U' W R0; exactly 0 if it fails."""
-    factor, right, status = _system(rows, residuals, noise)
+    gram, right = normal(rows, residuals, noise)
+    factor, status = _factor(gram, right)
     update = solve_lower(factor, solve_lower(factor, right), transpose=True)
     return jnp.where(status.ok, update, jnp.zeros_like(update)), status
 
 
-def _system(
-    rows: Float[AnyArray, "m r"], residuals: Float[AnyArray, "m v"], noise: Float[AnyArray, "m"]
-) -> tuple[Float[Array, "r r"], Float[Array, "r v"], Status]:
-    """Cholesky factor of S, right side U' W R0, and what there is to say about them."""
-    weighted = rows / noise[:, None]
-    gram = jnp.eye(rows.shape[1], dtype=rows.dtype) + matmul(weighted.T, rows)
-    factor = cholesky(gram)
-    right = matmul(weighted.T, residuals)
-    status = judge(jnp.square(jnp.diagonal(factor)) / jnp.diagonal(gram), right)
-    return factor, right, status
+def _factor(gram: Float[AnyArray, "r r"], right: Float[AnyArray, "r v"]) -> tuple[Float[Array, "r r"], Status]:
+    """Cholesky factor of S = I + gram, and what there is to say about it and the right side."""
+    system = jnp.eye(gram.shape[0], dtype=gram.dtype) + gram
+    factor = cholesky(system)
+    return factor, judge(jnp.square(jnp.diagonal(factor)) / jnp.diagonal(system), jnp.asarray(right))

@@ -13,8 +13,10 @@ and differ in H alone ("The Labyrinth and the Thread", arXiv 2605.26670, section
 | plain ridge | `ridge(n, rho)` | 1 |
 | AlphaEdit (arXiv 2410.02355) | `alphaedit(C0, threshold=, l2=)` | 1 |
 | ROME, EMMET (arXiv 2403.14236) | `memit(C0, 1.0)` | 0 (equality), or EMMET's lambda |
+| your own | `from_precision(A0)`, `restricted(A0, N)`, `combine(...)` | 1 / weight of each fact |
 
-The factorisation is made once, here, in float64 on the host; solving never factors an n x n matrix of the prior again.
+`editors` names the published ones with their noise. The factorisation is made once, here, in float64 on the host; solving
+never factors an n x n matrix of the prior again.
 """
 
 import hashlib
@@ -33,6 +35,12 @@ from kedit_jax.solve.arrays import AnyArray, compiled, float64, matmul, record
 
 SYMMETRY = 1e-8
 """Largest |C - C'| over the largest |C| that counts as rounding in a second moment."""
+
+ORTHONORMAL = 1e-8
+"""Largest |N'N - I| that counts as rounding in a basis, and largest sine of the angle between directions that are one."""
+
+NULL_THRESHOLD = 0.02
+"""AlphaEdit's published threshold on the eigenvalues of C0."""
 
 
 @record
@@ -119,43 +127,121 @@ def ridge(n: int, rho: float) -> Prior:
     return _on_device(np.full(n, np.sqrt(rho)))
 
 
-def alphaedit(moment: Float[AnyArray, "n n"], *, threshold: float = 0.02, l2: float = 10.0, weight: float = 0.0) -> Prior:
-    """AlphaEdit's prior: updates live in the null space of C0 alone, H = N (weight N'C0N + l2 I)^-1 N'.
+def null_space(
+    moment: Float[AnyArray, "n n"],
+    *,
+    threshold: float | None = None,
+    relative: float | None = None,
+    rank: int | None = None,
+) -> Float[np.ndarray, "n r"]:
+    """Orthonormal eigenvectors of C0's smallest eigenvalues, smallest first: the directions that a corpus hardly uses.
 
-    N holds the eigenvectors of C0 with eigenvalue < threshold. With weight 0 this is the published editor, whose
-    nonsymmetric system (projector P = N N') has the same solution: A0 = l2 I in the basis N.
-    N'C0N is diagonal by construction (the eigenvalues), so the factor is kept as a diagonal.
+    Give at most one of the three rules. Eigenvectors of equal eigenvalues are determined only together: a `rank` that
+    separates some of them (of a singular C0, say) picks a subspace by rounding.
 
     Args:
         moment: C0 as for `memit`.
-        threshold: on C0's own eigenvalues (not on weight * C0); 0.02 as published.
+        threshold: eigenvalues < threshold, on C0's own; 0.02 as published, and when no rule is given.
+        relative: eigenvalues < relative * the largest.
+        rank: this many.
+
+    Returns:
+        N [n, r] in float64 on the host, 0 < r < n; N N' is AlphaEdit's projector.
+
+    Raises:
+        SolverError: C0 as `alphaedit` refuses it, more than one rule, or a null space of rank 0 (nothing could be edited)
+            or n (nothing would be protected); the message names the eigenvalues and what would mend it.
+        NonFiniteError: NaN or infinity in C0.
+    """
+    return _null_space(_symmetric(moment, "moment"), threshold, relative, rank)[1]
+
+
+def alphaedit(
+    moment: Float[AnyArray, "n n"],
+    *,
+    threshold: float | None = None,
+    relative: float | None = None,
+    rank: int | None = None,
+    l2: float = 10.0,
+    weight: float = 0.0,
+) -> Prior:
+    """AlphaEdit's prior: updates live in the null space of C0 alone, H = N (weight N'C0N + l2 I)^-1 N'.
+
+    N is the `null_space` of C0. With weight 0 this is the published editor, whose nonsymmetric system (projector P = N N')
+    has the same solution: A0 = l2 I in the basis N. N'C0N is diagonal by construction (the eigenvalues), so the factor is
+    kept as a diagonal.
+
+    Args:
+        moment: C0 as for `memit`.
+        threshold, relative, rank: which eigenvectors, at most one of them, as for `null_space`; threshold 0.02, as
+            published, when none is given. They apply to C0's own eigenvalues, not to those of weight * C0.
         l2: > 0, 10 as published (1 for Qwen2.5).
         weight: >= 0, adds MEMIT's term within the null space; 0 as published.
 
     Raises:
-        SolverError: as `memit`; or no eigenvalue below the threshold (nothing could be edited), or all of them
-            (nothing would be protected).
+        SolverError: as `memit` and `null_space`.
         NonFiniteError: NaN or infinity in C0.
     """
     c0 = _symmetric(moment, "moment")
-    _positive("threshold", threshold, zero=False)
     _positive("l2", l2, zero=False)
     _positive("weight", weight, zero=True)
-    eigenvalues, vectors = scipy.linalg.eigh(c0)
-    _semidefinite(eigenvalues)
-    null = eigenvalues < threshold
-    if not null.any():
+    eigenvalues, basis = _null_space(c0, threshold, relative, rank)
+    return _on_device(np.sqrt(weight * np.maximum(eigenvalues, 0.0) + l2), basis)
+
+
+def restricted(precision: Float[AnyArray, "n n"], basis: Float[AnyArray, "n r"], *, tolerance: float = 1e-5) -> Prior:
+    """AlphaEdit's form for any precision and subspace: H = N (N'A0N)^-1 N', updates D = N X alone.
+
+    With N = I this is `from_precision(A0)`, so MEMIT for A0 = weight * C0 + ridge * I. A0 may be singular outside of N.
+
+    Args:
+        precision: A0, symmetric, positive definite on the subspace.
+        basis: N with orthonormal columns, from `null_space` for instance.
+        tolerance: as for `memit`.
+
+    Raises:
+        SolverError: a basis of another height, without columns or not orthonormal (beyond `ORTHONORMAL`); A0 as
+            `from_precision` refuses it, on the subspace.
+        NonFiniteError: NaN or infinity in A0 or N.
+    """
+    a0, n = _symmetric(precision, "precision"), _orthonormal(basis)
+    if len(n) != len(a0):
         raise SolverError(
-            f"no eigenvalue of the moment is below threshold {threshold:g} (smallest {eigenvalues[0]:.3g}), so nothing "
-            f"could be edited: raise the threshold above {eigenvalues[0]:.3g}, or use memit"
+            f"basis has shape {n.shape}, the precision {a0.shape}: a basis needs one row for each key direction"
         )
-    if null.all():
-        raise SolverError(
-            f"every eigenvalue of the moment is below threshold {threshold:g} (largest {eigenvalues[-1]:.3g}), so nothing "
-            f"would be protected: lower the threshold to at most {eigenvalues[-1]:.3g}, or use ridge"
-        )
-    root = np.sqrt(weight * np.maximum(eigenvalues[null], 0.0) + l2)
-    return _on_device(root, np.ascontiguousarray(vectors[:, null]))
+    return _factored(_inside(a0, n), 0.0, tolerance, n)
+
+
+def combine(*priors: Prior, tolerance: float = 1e-5) -> Prior:
+    """The prior of updates that all the given ones ask for: precisions add, on the intersection of their subspaces.
+
+    <D, A0 D> = sum_j <D, A0_j D>, D in every prior's subspace. Two copies of a prior weigh twice as much; `combine(prior)`
+    is the prior itself, up to rounding. Combining `ridge(n, rho)` adds rho to the precision. Float64, whatever the priors'
+    dtype; one layer (factors without leading axes).
+
+    Raises:
+        SolverError: no priors, different widths, subspaces with nothing in common but 0, or a sum that is numerically
+            singular to the tolerance (as `memit`).
+    """
+    if not priors:
+        raise SolverError("no priors to combine: give at least one")
+    widths = [prior.n_keys for prior in priors]
+    if len(set(widths)) > 1:
+        raise SolverError(f"priors of widths {', '.join(map(str, widths))} belong to different layers: combine those of one")
+    basis = _intersection([np.asarray(prior.basis, np.float64) for prior in priors if prior.basis is not None])
+    parts = []
+    for prior in priors:
+        own, a0 = prior.basis, _product_with_transpose(np.asarray(prior.factor, np.float64))
+        within = basis if own is None or basis is None else np.asarray(own, np.float64).T @ basis
+        parts.append(a0 if within is None else _inside(a0, within))
+    return _factored(np.sum(parts, axis=0), 0.0, tolerance, basis)
+
+
+@compiled
+def precision(prior: Prior) -> Float[Array, "r r"]:
+    """A0 in the prior's basis: <D, A0 D> = <X, precision X> for updates D = basis X (X = D without a basis)."""
+    factor = jnp.asarray(prior.factor)
+    return jnp.diag(jnp.square(factor)) if factor.ndim == 1 else matmul(factor, factor.T)
 
 
 def cast(prior: Prior, dtype: DTypeLike) -> Prior:
@@ -214,13 +300,113 @@ def _semidefinite(eigenvalues: Float[np.ndarray, "n"]) -> None:
         )
 
 
+def _null_space(
+    c0: Float[np.ndarray, "n n"], threshold: float | None, relative: float | None, rank: int | None
+) -> tuple[Float[np.ndarray, "r"], Float[np.ndarray, "n r"]]:
+    """The chosen eigenvalues of C0, ascending, and their eigenvectors."""
+    rules = {"threshold": threshold, "relative": relative, "rank": rank}
+    given = [f"{name}={value}" for name, value in rules.items() if value is not None]
+    if len(given) > 1:
+        raise SolverError(f"{' and '.join(given)} choose the null space in different ways: give one")
+    for name in ("threshold", "relative"):
+        value = rules[name]
+        if value is not None:
+            _positive(name, value, zero=False)
+    eigenvalues, vectors = scipy.linalg.eigh(c0)
+    _semidefinite(eigenvalues)
+    if rank is not None:
+        chosen = _checked_rank(rank, eigenvalues)
+    elif relative is not None:
+        chosen = _below("relative", relative, eigenvalues, max(float(eigenvalues[-1]), 0.0))
+    else:
+        chosen = _below("threshold", NULL_THRESHOLD if threshold is None else threshold, eigenvalues, 1.0)
+    return eigenvalues[:chosen], np.ascontiguousarray(vectors[:, :chosen])
+
+
+def _checked_rank(rank: int, eigenvalues: Float[np.ndarray, "n"]) -> int:
+    n = len(eigenvalues)
+    if 0 < rank < n:
+        return rank
+    why = "nothing could be edited" if rank <= 0 else "nothing would be protected"
+    raise SolverError(
+        f"a null space of rank {rank} of {n} (eigenvalues {eigenvalues[0]:.3g} to {eigenvalues[-1]:.3g}), so {why}: give a "
+        f"rank from 1 to {n - 1}, or use {'memit' if rank <= 0 else 'ridge'}"
+    )
+
+
+def _below(name: str, value: float, eigenvalues: Float[np.ndarray, "n"], unit: float) -> int:
+    """How many eigenvalues are below value * unit: some, but not all."""
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    count = int(np.searchsorted(eigenvalues, value * unit))
+    at = f"{name} {value:g}" + (f" of the largest ({largest:.3g})" if name == "relative" else "")
+    if not count:
+        mend = f"{smallest / unit:.3g}" if unit else "0"
+        raise SolverError(
+            f"no eigenvalue of the moment is below {at} (smallest {smallest:.3g}), so nothing could be edited: raise "
+            f"the {name} above {mend}, or use memit"
+        )
+    if count == len(eigenvalues):
+        raise SolverError(
+            f"every eigenvalue of the moment is below {at} (largest {largest:.3g}), so nothing would be protected: lower "
+            f"the {name} to at most {largest / unit:.3g}, or use ridge"
+        )
+    return count
+
+
+def _orthonormal(basis: Float[AnyArray, "n r"]) -> Float[np.ndarray, "n r"]:
+    n = np.ascontiguousarray(np.asarray(basis, np.float64))
+    if n.ndim != 2 or not n.size:
+        raise SolverError(f"basis must be a matrix [n, r] with at least one column, got shape {n.shape}")
+    if not np.isfinite(n).all():
+        raise NonFiniteError(f"basis has {int((~np.isfinite(n)).sum())} entries that are NaN or infinite")
+    off = float(np.abs(n.T @ n - np.eye(n.shape[1])).max())
+    if off > ORTHONORMAL:
+        raise SolverError(
+            f"basis is not orthonormal: largest |N'N - I| is {off:.3g}, allowed {ORTHONORMAL:g}; take Q of "
+            f"numpy.linalg.qr(N) in float64"
+        )
+    return n
+
+
+def _inside(a0: Float[np.ndarray, "n n"], basis: Float[np.ndarray, "n r"]) -> Float[np.ndarray, "r r"]:
+    """N'A0N, exactly symmetric."""
+    reduced = basis.T @ a0 @ basis
+    return (reduced + reduced.T) / 2
+
+
+def _product_with_transpose(factor: np.ndarray) -> np.ndarray:
+    return np.diag(factor**2) if factor.ndim == 1 else factor @ factor.T
+
+
+def _intersection(bases: list[np.ndarray]) -> np.ndarray | None:
+    """Orthonormal basis of what all the subspaces share; None, the whole space, for none of them.
+
+    By the sines of the principal angles: their cosines are 1 - angle^2 / 2, which rounds to 1 below angles of 1e-8.
+    """
+    if not bases:
+        return None
+    shared = bases[0]
+    for other in bases[1:]:
+        _, sines, directions = scipy.linalg.svd(shared - other @ (other.T @ shared), full_matrices=False)
+        same = sines <= ORTHONORMAL
+        if not same.any():
+            ranks = ", ".join(str(basis.shape[1]) for basis in bases)
+            raise SolverError(
+                f"the priors' subspaces (ranks {ranks} of {len(shared)}) have only 0 in common (smallest sine of an angle "
+                f"between them {sines.min():.3g}), so nothing could be edited: choose wider null spaces, or fewer priors"
+            )
+        if not same.all():  # otherwise the basis stays as it is, and with it the priors' own coordinates
+            shared = np.ascontiguousarray(shared @ directions[same].T)
+    return shared
+
+
 class _Spectrum(NamedTuple):
     smallest: float
     largest: float
 
 
-def _factored(a0: Float[np.ndarray, "n n"], ridge: float, tolerance: float) -> Prior:
-    """Prior with precision a0, after making sure that a0 is positive definite to the tolerance."""
+def _factored(a0: Float[np.ndarray, "r r"], ridge: float, tolerance: float, basis: np.ndarray | None = None) -> Prior:
+    """Prior with precision a0 in the basis, after making sure that a0 is positive definite to the tolerance."""
     floor = 0.1 * np.finfo(np.float64).eps / tolerance
     factor, info = scipy.linalg.lapack.dpotrf(a0, lower=1, clean=1)
     # The 1-norm estimate costs n^2 and never exceeds the true reciprocal condition by more than its own estimation error;
@@ -230,7 +416,7 @@ def _factored(a0: Float[np.ndarray, "n n"], ridge: float, tolerance: float) -> P
         spectrum = _Spectrum(*scipy.linalg.eigvalsh(a0)[[0, -1]])
         if info != 0 or spectrum.smallest < floor * spectrum.largest:
             raise _singular(spectrum, ridge, floor)
-    return _on_device(np.ascontiguousarray(factor))
+    return _on_device(np.ascontiguousarray(factor), basis)
 
 
 def _reciprocal_condition(factor: np.ndarray, a0: np.ndarray) -> float:

@@ -95,10 +95,29 @@ def test_no_op_rows_do_nothing(family, form):
 
 
 @pytest.mark.parametrize("form", ["dual", "primal"])
-def test_no_constraints_are_no_edit(form):
+def test_no_constraints_left_are_no_edit(form):
+    """All taken back: a state without any, and a mask that keeps none, both exactly 0."""
     p = problem("atypical")
     nothing = p.block(slice(0, 0))
-    assert (one_time(p, nothing, form=form) == 0).all()
     state, status = solve.refit(p.prior, nothing, capacity=20, form=form)
     solve.check(status)
     assert (np.asarray(solve.total(state, p.prior)) == 0).all()
+    masked = solve.solve_active(p.prior, p.block(slice(0, 20)), np.zeros(20), form=form)
+    assert (np.asarray(masked.update) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["dual", "primal"])
+def test_an_empty_set_is_named_where_an_edit_is_asked_for(form):
+    p = problem("atypical")
+    nothing, state = p.block(slice(0, 0)), solve.start(p.prior, p.kernel.shape[1], capacity=20, form=form)
+    with pytest.raises(SolverError, match=r"no constraints: give at least one key.*keys \(0, 96\)"):
+        solve.constraints(p.kernel, p.keys[:0], p.values[:0])
+    for call in (
+        lambda: solve.one_time(p.prior, nothing, form=form),
+        lambda: solve.solve_active(p.prior, nothing, np.zeros(0), form=form),
+        lambda: solve.step(state, p.prior, nothing),
+        lambda: solve.sequential(state, p.prior, nothing),
+        lambda: solve.statistics(p.prior, nothing),
+    ):
+        with pytest.raises(SolverError, match="no constraints to solve for: give at least one"):
+            call()
