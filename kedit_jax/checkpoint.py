@@ -5,10 +5,12 @@ complete, and only then is the version before it deleted. The highest complete o
 else in the package: its v1 API still moves.
 """
 
+import dataclasses
 import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from kedit_jax import solve
+from kedit_jax.editing.history import Compacted
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, Event, StoredLayer, restore_session
@@ -25,7 +28,8 @@ from kedit_jax.editing.settings import EditSettings
 from kedit_jax.errors import SessionError
 from kedit_jax.models import Decoder, model_fingerprint
 
-FORMAT = 1
+FORMAT = 2
+"""2 added facts taken back or skipped, compaction and times; sessions of format 1 are read as if they had none."""
 _VERSION_DIGITS = 8
 _PRIOR_TOLERANCE = 1e-9  # relative; moments recomputed elsewhere differ by rounding, some 1e-15
 
@@ -49,8 +53,10 @@ def save_session(session: EditSession, folder: str | Path, *, overwrite: bool = 
     arrays = _arrays(session)
     manifest = _manifest(session) | {"arrays": _digest(arrays)}
     before = _versions(folder)
-    if before and not overwrite:
-        _check_continues(_read_manifest(before[-1]), manifest, folder)
+    stored = _read_manifest(before[-1]) if before else None
+    if stored is not None and not overwrite:
+        _check_continues(stored, session, manifest, folder)
+    manifest["times"] = _times(session, stored)
     number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
     target = folder / f"{number:0{_VERSION_DIGITS}d}"
     try:
@@ -98,7 +104,8 @@ def load_session(folder: str | Path, model: Decoder, tokenizer: Any, moments: Mo
         arrays = ocp.load_checkpointables(version)["arrays"]
         if _digest(arrays) != manifest["arrays"]:
             raise ValueError("its arrays are not those that were saved")
-        layers = {layer: _stored_layer(arrays["layers"][str(layer)]) for layer in settings.layers if manifest["facts"]}
+        kernel = (model.config.d_ff, model.config.d_model)
+        layers = {layer: _stored_layer(arrays.get("layers", {}).get(str(layer), {}), kernel) for layer in settings.layers}
     except (OSError, ValueError, KeyError) as error:
         raise SessionError(f"the session in {str(version)!r} is damaged: {error}") from error
     session = restore_session(
@@ -108,11 +115,14 @@ def load_session(folder: str | Path, model: Decoder, tokenizer: Any, moments: Mo
         settings,
         prefixes=tuple(manifest["prefixes"]),
         layers=layers,
-        facts=tuple(EditRequest(**fact) for fact in manifest["facts"]),
+        facts=_facts(manifest, "facts"),
         batches=tuple(manifest["batches"]),
-        events=tuple(Event(kind=e["kind"], ids=tuple(e["ids"])) for e in manifest["events"]),
+        events=read_events(manifest),
+        retired=_facts(manifest, "retired"),
+        skipped=_facts(manifest, "skipped"),
+        compacted=manifest.get("compacted", 0),
     )
-    _check_priors(session.priors, manifest["priors"], folder)
+    _check_priors({layer: editor.prior for layer, editor in session.editors.items()}, manifest["priors"], folder)
     return session
 
 
@@ -123,6 +133,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         SessionError: no session there, or one of a newer format.
     """
     return _read_manifest(newest_version(folder))
+
+
+def read_events(manifest: Mapping[str, Any]) -> tuple[Event, ...]:
+    """The history in a stored session's manifest."""
+    return tuple(
+        Event(
+            event["kind"],
+            tuple(event["ids"]),
+            tuple(event.get("replaced", ())),
+            tuple(event.get("skipped", ())),
+            event.get("undoes"),
+            tuple(event.get("texts", ())),
+        )
+        for event in manifest["events"]
+    )
 
 
 def has_session(folder: str | Path) -> bool:
@@ -164,17 +189,28 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def _arrays(session: EditSession) -> dict[str, Any]:
-    layers = {
-        str(layer): {
-            "keys": np.asarray(history.constraints.keys),
-            "residuals": np.asarray(history.constraints.residuals),
-            "noise": np.asarray(history.constraints.noise),
-            "update": np.asarray(history.update),
-        }
-        for layer, history in session.layers.items()
-    }
-    size = np.array([len(session.facts)])  # Orbax stores no empty trees and no empty arrays
-    return {"size": size, "layers": layers} if session.facts else {"size": size}
+    """Everything numeric. Orbax stores no empty trees and no empty arrays, so what is empty is left out."""
+    layers = {}
+    for layer, history in session.layers.items():
+        held: dict[str, Any] = _rows(history.constraints) | {"retired": _rows(history.retired)}
+        if session.facts:
+            held["update"] = history.update
+        if history.base is not None:
+            held["base"] = {
+                "gram": np.asarray(history.base.statistics.gram),
+                "right": np.asarray(history.base.statistics.right),
+                "count": np.array([int(history.base.statistics.count)]),
+                "update": history.base.update,
+            }
+        layers[str(layer)] = {name: value for name, value in held.items() if not isinstance(value, dict) or value}
+    size = np.array([len(session.facts)])
+    return {"size": size} | ({"layers": layers} if all(layers.values()) else {})
+
+
+def _rows(stack: solve.Constraints) -> dict[str, np.ndarray]:
+    if not stack.size:
+        return {}
+    return {name: np.asarray(getattr(stack, name)) for name in ("keys", "residuals", "noise")}
 
 
 def _digest(arrays: dict[str, Any]) -> str:
@@ -186,9 +222,32 @@ def _digest(arrays: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _stored_layer(arrays: dict[str, Any]) -> StoredLayer:
-    rows = (np.asarray(arrays[name]) for name in ("keys", "residuals", "noise"))
-    return StoredLayer(solve.Constraints(*rows), np.asarray(arrays["update"]))
+def _stored_layer(arrays: Mapping[str, Any], kernel: tuple[int, int]) -> StoredLayer:
+    base, update = None, np.asarray(arrays["update"]) if "update" in arrays else np.zeros(kernel)
+    if "base" in arrays:
+        count = np.asarray(arrays["base"]["count"], np.int32)[0]
+        gram, right, then = (np.asarray(arrays["base"][name]) for name in ("gram", "right", "update"))
+        base = Compacted(solve.Statistics(gram, right, np.asarray(count)), then)
+    return StoredLayer(_stack(arrays, kernel), _stack(arrays.get("retired", {}), kernel), update, base)
+
+
+def _stack(arrays: Mapping[str, Any], kernel: tuple[int, int]) -> solve.Constraints:
+    if "keys" not in arrays:
+        return solve.Constraints(np.zeros((0, kernel[0]), np.float32), np.zeros((0, kernel[1])), np.zeros(0))
+    return solve.Constraints(*(np.asarray(arrays[name]) for name in ("keys", "residuals", "noise")))
+
+
+def _facts(manifest: Mapping[str, Any], which: str) -> tuple[EditRequest, ...]:
+    return tuple(EditRequest(**fact) for fact in manifest.get(which, ()))
+
+
+def _times(session: EditSession, stored: Mapping[str, Any] | None) -> list[str]:
+    """When each event was first stored, in UTC. Sessions themselves read no clock: the same edits give the same session."""
+    known: list[str] = []
+    if stored is not None and read_events(stored) == session.events[: len(stored["events"])]:
+        known = list(stored.get("times", [""] * len(stored["events"])))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return known + [now] * (len(session.events) - len(known))
 
 
 def _manifest(session: EditSession) -> dict[str, Any]:
@@ -204,12 +263,15 @@ def _manifest(session: EditSession) -> dict[str, Any]:
             "dtype": str(session.base.dtype),
         },
         "moments": session.moments.fingerprint(session.settings.layers),
-        "priors": {str(layer): _prior_mark(prior) for layer, prior in session.priors.items()},
+        "priors": {str(layer): _prior_mark(editor.prior) for layer, editor in session.editors.items()},
         "settings": session.settings.to_dict() | {"layers": list(session.settings.layers)},
         "prefixes": list(session.prefixes),
         "facts": [fact.to_dict() for fact in session.facts],
         "batches": list(session.batches),
-        "events": [{"kind": event.kind, "ids": list(event.ids)} for event in session.events],
+        "events": [dataclasses.asdict(event) for event in session.events],
+        "retired": [fact.to_dict() for fact in session.retired],
+        "skipped": [fact.to_dict() for fact in session.skipped],
+        "compacted": session.compacted,
     }
 
 
@@ -246,11 +308,12 @@ def _read_manifest(version: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_continues(stored: dict[str, Any], manifest: dict[str, Any], folder: Path) -> None:
+def _check_continues(stored: dict[str, Any], session: EditSession, manifest: dict[str, Any], folder: Path) -> None:
     """Raise unless the stored session is an earlier state of the one to be saved."""
-    events = stored["events"]
-    same = all(stored[name] == manifest[name] for name in ("model", "moments", "settings", "prefixes"))
-    if not same or manifest["events"][: len(events)] != events:
+    events = read_events(stored)
+    same = all(stored[name] == manifest[name] for name in ("model", "moments", "prefixes"))
+    same = same and EditSettings.from_dict(stored["settings"]) == session.settings
+    if not same or session.events[: len(events)] != events:
         raise SessionError(
             f"{str(folder)!r} holds another session, of {len(stored['facts'])} facts, which this one does not continue; "
             "choose another folder, or pass overwrite=True to replace it"

@@ -139,6 +139,20 @@ def revert_edits(params: Params, edits: EditDelta) -> Params:
     return _add(params, edits, -1.0)
 
 
+def relative_error(delta: EditDelta, reference: EditDelta) -> float:
+    """|delta - reference| / |reference| in the Frobenius norm over all kernels; an address that one lacks has update 0."""
+    gap = size = 0.0
+    for address in {*delta.updates, *reference.updates}:
+        with jax.enable_x64(True):
+            ours, theirs = (
+                np.asarray(each[address].dense(), np.float64) if address in each.updates else 0.0
+                for each in (delta, reference)
+            )
+        gap += float(np.sum((ours - theirs) ** 2))
+        size += float(np.sum(np.square(theirs)))
+    return (gap / size) ** 0.5 if size else float(gap > 0)
+
+
 def parameter_paths(params: Any) -> dict[str, Any]:
     """Every leaf of a tree by its dotted path, the name that addresses are made of."""
     return {dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}

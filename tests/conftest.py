@@ -75,6 +75,7 @@ def settings() -> EditSettings:
         values=ValueSettings(steps=6, learning_rate=0.3),
         prefixes=2,
         prefix_tokens=4,
+        conflicts="keep",  # the batches contradict each other, and accumulate
         seed=3,
     )
 

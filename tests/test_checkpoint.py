@@ -18,6 +18,8 @@ import pytest
 
 from kedit_jax import checkpoint
 from kedit_jax.checkpoint import FORMAT, has_session, load_session, newest_version, read_manifest, save_session
+from kedit_jax.delta import relative_error
+from kedit_jax.editing.algebra import compact, undo
 from kedit_jax.editing.moments import Moments, moments_path, read_moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, start_session
@@ -33,12 +35,16 @@ def bits(tree: Any) -> list[bytes]:
 
 def numbers(session: EditSession) -> list[bytes]:
     """Every number that decides how a session goes on."""
-    histories = [(h.constraints, h.update, h.state) for h in session.layers.values()]
+    histories = [
+        (h.constraints, h.retired, h.sequence, h.base and (h.base.statistics, h.base.update))
+        for h in session.layers.values()
+    ]
     return bits((session.base, session.model, histories, session.delta))
 
 
 def words(session: EditSession) -> tuple[Any, ...]:
-    return session.facts, session.batches, session.events, session.settings, session.prefixes
+    texts = (session.facts, session.retired, session.skipped, session.compacted)
+    return *texts, session.batches, session.events, session.settings, session.prefixes
 
 
 def reload(session: EditSession, folder: Path) -> EditSession:
@@ -50,6 +56,12 @@ def orbax_fails() -> Iterator[None]:
     """Orbax leaves unfinished asyncio tasks behind a failure; collected at a bad moment (in `ast.parse`) they end Python."""
     yield
     gc.collect()
+
+
+def edit_all(session: EditSession, batches: Batches) -> EditSession:
+    for batch in batches:
+        session, _ = session.edit(batch)
+    return session
 
 
 def versions(folder: Path) -> list[str]:
@@ -93,6 +105,89 @@ def test_so_does_an_unaligned_one(fresh: EditSession, batches: Batches, tmp_path
     first, _ = start_session(fresh.base, fresh.tokenizer, fresh.moments, settings).edit(batches[0])
     save_session(first, tmp_path)
     assert numbers(reload(first, tmp_path).edit(batches[1])[0]) == numbers(first.edit(batches[1])[0])
+
+
+@pytest.mark.parametrize("history_mode", ["latest", "latest-simplified"])
+def test_so_does_one_that_memorizes_the_latest(
+    fresh: EditSession, batches: Batches, tmp_path: Path, history_mode: str
+) -> None:
+    settings = dataclasses.replace(fresh.settings, history=history_mode)
+    first = edit_all(start_session(fresh.base, fresh.tokenizer, fresh.moments, settings), batches[:2])
+    save_session(first, tmp_path)
+    assert numbers(reload(first, tmp_path).edit(batches[2])[0]) == numbers(first.edit(batches[2])[0])
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_so_does_a_post_processed_one(fresh: EditSession, batches: Batches, tmp_path: Path, compensate: bool) -> None:
+    settings = dataclasses.replace(fresh.settings, post="rect:0.5", compensate=compensate)
+    first = edit_all(start_session(fresh.base, fresh.tokenizer, fresh.moments, settings), batches[:2])
+    save_session(first, tmp_path)
+    assert numbers(reload(first, tmp_path).edit(batches[2])[0]) == numbers(first.edit(batches[2])[0])
+
+
+def test_so_does_one_with_a_long_history(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+    """Retracted, restored, replaced, undone and with facts left out: what can be taken back or restored stays so."""
+    session, _ = history[2].retract(["fact-2", "fact-5"])
+    session, _ = session.restore(["fact-5"])
+    session, _ = session.replace([dataclasses.replace(session.facts[0], target="Oslo")])
+    session, _ = session.edit([dataclasses.replace(batches[3][1], id=None)], conflicts="first")
+    session, _ = session.edit(batches[3][:1], conflicts="latest")
+    session, _ = undo(session)
+    save_session(session, tmp_path)
+    loaded = reload(session, tmp_path)
+    assert numbers(loaded) == numbers(session)
+    assert words(loaded) == words(session)
+    for _ in range(2):
+        (session, _), (loaded, _) = undo(session), undo(loaded)
+        assert numbers(loaded) == numbers(session)
+        assert words(loaded) == words(session)
+
+
+def test_so_does_a_compacted_one(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+    for number, session in enumerate((compact(history[2]), compact(history[2]).edit(batches[2])[0])):
+        save_session(session, tmp_path / str(number))
+        loaded = reload(session, tmp_path / str(number))
+        assert numbers(loaded) == numbers(session)
+        assert words(loaded) == words(session)
+        assert numbers(loaded.edit(batches[3])[0]) == numbers(session.edit(batches[3])[0])
+
+
+def test_an_emptied_session_keeps_what_can_be_restored(history: list[EditSession], tmp_path: Path) -> None:
+    empty, _ = history[1].retract([str(fact.id) for fact in history[1].facts])
+    save_session(empty, tmp_path)
+    loaded = reload(empty, tmp_path)
+    assert numbers(loaded) == numbers(empty)
+    assert relative_error(loaded.restore(["fact-1", "fact-2", "fact-3"])[0].delta, history[1].delta) <= 1e-11
+
+
+def test_events_keep_the_time_they_were_first_stored_at(history: list[EditSession], tmp_path: Path) -> None:
+    save_session(history[1], tmp_path)
+    rewrite(newest_version(tmp_path), lambda manifest: manifest | {"times": ["2026-01-02T03:04:05+00:00"]})
+    save_session(history[2], tmp_path)
+    first, second = read_manifest(tmp_path)["times"]
+    assert first == "2026-01-02T03:04:05+00:00"
+    assert second > first
+
+
+def test_a_session_of_format_1_is_read(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+    """What format 2 added is left out, as an older version of this package wrote it."""
+
+    def older(manifest: dict[str, Any]) -> dict[str, Any]:
+        events = [{"kind": event["kind"], "ids": event["ids"]} for event in manifest["events"]]
+        added = ("retired", "skipped", "compacted", "times")
+        kept = {name: value for name, value in manifest.items() if name not in added} | {"format": 1, "events": events}
+        new = ("null_relative", "null_rank", "post", "compensate", "similarity")
+        kept["settings"] = {name: value for name, value in manifest["settings"].items() if name not in new} | {"noise": 1.0}
+        return kept
+
+    save_session(history[2], tmp_path)
+    rewrite(newest_version(tmp_path), older)
+    loaded = reload(history[2], tmp_path)
+    assert numbers(loaded) == numbers(history[2])
+    on, _ = loaded.edit(batches[2])
+    save_session(on, tmp_path)
+    assert read_manifest(tmp_path)["format"] == FORMAT
+    assert numbers(reload(history[2], tmp_path)) == numbers(history[3])
 
 
 def test_a_fresh_process_continues_the_same(

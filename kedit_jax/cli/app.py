@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,32 +11,32 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kedit_jax.checkpoint import has_session, load_session, read_manifest, save_session
-from kedit_jax.cli import show
+from kedit_jax.checkpoint import has_session, read_manifest, save_session
+from kedit_jax.cli import history, show
+from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, lines, load_for, open_session
 from kedit_jax.cli.demo import demo
-from kedit_jax.editing.moments import Moments, compute_moments, moments_path, read_moments
+from kedit_jax.cli.verify import verify
+from kedit_jax.editing.moments import Moments, compute_moments, moments_path
 from kedit_jax.editing.requests import EditRequest, read_requests
-from kedit_jax.editing.session import EditSession, Event, start_session
-from kedit_jax.editing.settings import EDITORS, PUBLISHED, EditSettings
+from kedit_jax.editing.session import EditSession, start_session
+from kedit_jax.editing.settings import PUBLISHED, USES, EditSettings
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import UNEDITED, evaluate, prepare, prepare_texts, read_records, table
 from kedit_jax.models import Decoder, load
+from kedit_jax.solve.postprocess import POSTS
+from kedit_jax.solve.sequences import MODES
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit facts in language models."
 )
-console = Console()
 INTERRUPTED = 130  # the exit status that typer gives to an interrupt from the keyboard
 
-Model = Annotated[str, typer.Argument(help="a Hugging Face directory (config.json, safetensors, tokenizer) or hub id")]
-Session = Annotated[Path, typer.Option(help="the folder that holds the session")]
-MomentsDir = Annotated[Path | None, typer.Option(help="folder of stored moments; by default in the session's folder")]
 Corpus = Annotated[Path | None, typer.Option(help="text such as the model was trained on, a document a line")]
 Layers = Annotated[str | None, typer.Option(help="layers to edit, as 3,4,5; 0 is the first")]
-Dtype = Annotated[str | None, typer.Option(help="of the model: float32, bfloat16, float16; as stored by default")]
 MaxTokens = Annotated[int | None, typer.Option(help="of the corpus; about 10 x the key width is enough", min=1)]
 
-app.command()(demo)
+for command in (demo, verify, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
+    app.command()(command)
 
 
 @app.command()
@@ -66,10 +67,21 @@ def edit(
         Path | None, typer.Option(help="JSON file of settings; without it, see --preset and --layers")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"published settings: {', '.join(PUBLISHED)}")] = None,
-    editor: Annotated[str | None, typer.Option(help=f"one of {', '.join(EDITORS)}")] = None,
+    editor: Annotated[str | None, typer.Option(help=f"one of {', '.join(USES)}")] = None,
     layers: Layers = None,
     moment_weight: Annotated[float | None, typer.Option(help="lambda, the weight of the second moments")] = None,
     ridge: Annotated[float | None, typer.Option(help="rho, the weight of the identity; the ridge editor needs it")] = None,
+    l2: Annotated[float | None, typer.Option(help="AlphaEdit's ridge within the null space")] = None,
+    null_threshold: Annotated[float | None, typer.Option(help="AlphaEdit's null space: eigenvalues of C0 below")] = None,
+    noise: Annotated[float | None, typer.Option(help="1 / weight of a fact; 0 asks for equality (EMMET, ROME)")] = None,
+    mode: Annotated[str | None, typer.Option("--history", help=f"how the sequence is run: {', '.join(MODES)}")] = None,
+    post: Annotated[str | None, typer.Option(help=f"done to each step: {', '.join(POSTS)}, as rect:0.4")] = None,
+    compensate: Annotated[
+        bool | None, typer.Option(help="make up for it in the next step (Algorithm 1); the default")
+    ] = None,
+    conflicts: Conflicts = None,
+    similarity: Annotated[float | None, typer.Option(help="facts conflict whose keys have this cosine, too")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what conflicts would lead to, and write nothing")] = False,
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(help="facts a step", min=1)] = 100,
     moments: MomentsDir = None,
@@ -81,11 +93,13 @@ def edit(
     """
     wanted = read_requests(requests)
     options = {"editor": editor, "layers": layers and _layers(layers), "moment_weight": moment_weight, "ridge": ridge}
+    options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
+    options |= {"history": mode, "post": post, "compensate": compensate}
     folder = moments or session / "moments"
     if has_session(session):
         _check_same_settings(session, settings, preset, options)
-        decoder, tokenizer = _load_for(session, model, dtype)
-        current = _open(session, decoder, tokenizer, folder)
+        decoder, tokenizer = load_for(session, model, dtype)
+        current = open_session(session, decoder, tokenizer, folder)
     else:
         chosen = _settings(settings, preset, options)
         if corpus is None:
@@ -93,35 +107,12 @@ def edit(
         decoder, tokenizer = load(model, dtype=dtype)
         found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
         current = start_session(decoder, tokenizer, found, chosen)
-    current = _edit_in_batches(current, wanted, session, batch)
+    new = _not_yet_written(current, wanted)
+    if dry_run:
+        _show_plan(current, new, conflicts, similarity)
+        return
+    current = _edit_in_batches(current, new, session, batch, {"conflicts": conflicts, "similarity": similarity})
     console.print(f"{show.summary(current)}; stored in {escape(str(session))}")
-
-
-@app.command()
-def log(session: Session) -> None:
-    """Show what was written and taken back, step by step."""
-    manifest = read_manifest(session)
-    console.print(show.events([Event(e["kind"], tuple(e["ids"])) for e in manifest["events"]]))
-    about, model = manifest["settings"], manifest["model"]
-    console.print(
-        f"{len(manifest['facts'])} facts stand, written by {about['editor']} ({about['history']}) into layers "
-        f"{', '.join(map(str, about['layers']))} of model {model['fingerprint'][:12]} ({model['family']}, {model['dtype']})"
-    )
-
-
-@app.command()
-def retract(
-    model: Model,
-    ids: Annotated[list[str], typer.Argument(help="ids of the facts to take back; see `kedit log`")],
-    session: Session,
-    moments: MomentsDir = None,
-    dtype: Dtype = None,
-) -> None:
-    """Take facts back, as if they had never been edited."""
-    decoder, tokenizer = _load_for(session, model, dtype)
-    current, _ = _open(session, decoder, tokenizer, moments or session / "moments").retract(ids)
-    save_session(current, session)
-    console.print(f"took back {len(set(ids))}; {show.summary(current)}")
 
 
 @app.command("eval")
@@ -137,14 +128,14 @@ def evaluate_command(
     """Efficacy, generalization, specificity and more of the unedited model and of a session's."""
     if json_file is not None:
         show.check_writable(json_file)
-    decoder, tokenizer = load(model, dtype=dtype) if session is None else _load_for(session, model, dtype)
+    decoder, tokenizer = load(model, dtype=dtype) if session is None else load_for(session, model, dtype)
     prepared = prepare(read_records(records), tokenizer)
     texts = None
     if heldout is not None:
-        texts = prepare_texts(_lines(heldout), tokenizer, max_length=decoder.config.max_positions)
+        texts = prepare_texts(lines(heldout), tokenizer, max_length=decoder.config.max_positions)
     rows = {UNEDITED: evaluate(decoder, prepared, heldout=texts)}
     if session is not None:
-        edited = _open(session, decoder, tokenizer, moments or session / "moments")
+        edited = open_session(session, decoder, tokenizer, moments)
         rows["edited"] = evaluate(edited.model, prepared, heldout=texts)
     console.print(table(rows))
     if json_file is not None:
@@ -165,13 +156,6 @@ def main() -> None:
         raise
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise KeditError(f"cannot read {str(path)!r}: {error}") from error
-
-
 def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
@@ -183,20 +167,7 @@ def _compute(
     model: Decoder, tokenizer: Any, corpus: Path, layers: tuple[int, ...], folder: Path, max_tokens: int | None = None
 ) -> Moments:
     with show.bar(console, "second moments (tokens)") as move:
-        return compute_moments(model, tokenizer, _lines(corpus), layers, max_tokens=max_tokens, cache=folder, progress=move)
-
-
-def _load_for(session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:
-    """The model in the dtype that the session was begun with, unless another one is asked for."""
-    return load(model, dtype=dtype or read_manifest(session)["model"]["dtype"])
-
-
-def _open(session: Path, model: Decoder, tokenizer: Any, folder: Path) -> EditSession:
-    """A stored session with the moments it was started with, found by their fingerprint."""
-    path = moments_path(folder, read_manifest(session)["moments"])
-    if not path.exists():
-        raise KeditError(f"the session's moments are not in {str(folder)!r}; give the folder they are in with --moments")
-    return load_session(session, model, tokenizer, read_moments(path))
+        return compute_moments(model, tokenizer, lines(corpus), layers, max_tokens=max_tokens, cache=folder, progress=move)
 
 
 def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) -> EditSettings:
@@ -205,7 +176,7 @@ def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) ->
         raise KeditError(f"there is no preset {preset!r}; there are {', '.join(PUBLISHED)}")
     if file is not None:
         try:
-            chosen = EditSettings.from_dict(json.loads("\n".join(_lines(file))))
+            chosen = EditSettings.from_dict(json.loads("\n".join(lines(file))))
         except (json.JSONDecodeError, TypeError) as error:
             raise KeditError(f"{str(file)!r} is no JSON file of settings: {error}") from error
     elif preset is not None:
@@ -214,7 +185,19 @@ def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) ->
         chosen = EditSettings(options["layers"])
     else:
         raise KeditError("which layers? give --layers, --preset, or a --settings file")
-    return replace(chosen, **{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = replace(chosen, **given)
+    _check_used(chosen, given)
+    return chosen
+
+
+def _check_used(settings: EditSettings, given: Iterable[str]) -> None:
+    """Raise for numbers of a prior that the editor does not read: whoever gives them expects something of them."""
+    used = set(USES[settings.editor].values())
+    unused = sorted(set(given) & {name for numbers in USES.values() for name in numbers.values()} - used)
+    if unused:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise KeditError(f"editor {settings.editor!r} does not use {named}; it uses {', '.join(sorted(used))}")
 
 
 def _check_same_settings(session: Path, file: Path | None, preset: str | None, options: dict[str, Any]) -> None:
@@ -228,14 +211,43 @@ def _check_same_settings(session: Path, file: Path | None, preset: str | None, o
         raise KeditError(f"the session was begun with other {', '.join(differing)}; leave them out or begin another session")
 
 
-def _edit_in_batches(session: EditSession, wanted: list[EditRequest], folder: Path, size: int) -> EditSession:
-    held = {(fact.prompt, fact.subject, fact.target) for fact in session.facts}
-    new = [request for request in wanted if (request.prompt, request.subject, request.target) not in held]
-    if len(new) < len(wanted):
-        console.print(f"{len(wanted) - len(new)} of {len(wanted)} facts are in the session already and are skipped")
+def _not_yet_written(session: EditSession, wanted: list[EditRequest]) -> list[EditRequest]:
+    """The facts that the session has never seen, so that an interrupted command can be run again."""
+
+    def said(facts: Iterable[EditRequest]) -> set[tuple[str, str, str]]:
+        return {(fact.prompt, fact.subject, fact.target) for fact in facts}
+
+    seen = {"are in the session already": said(session.facts)}
+    seen["were left out before, because of conflicts,"] = said(session.skipped)
+    seen["were taken back or replaced before (`kedit restore` brings them back)"] = said(session.retired)
+    new = wanted
+    for why, known in seen.items():
+        rest = [fact for fact in new if (fact.prompt, fact.subject, fact.target) not in known]
+        if len(rest) < len(new):
+            console.print(f"{len(new) - len(rest)} of {len(wanted)} facts {why} and are skipped")
+        new = rest
+    return new
+
+
+def _show_plan(session: EditSession, new: list[EditRequest], conflicts: str | None, similarity: float | None) -> None:
+    if not new:
+        console.print("nothing would be written")
+        return
+    plan = session.plan(new, conflicts=conflicts, similarity=similarity)
+    for line in plan.lines():
+        console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(plan.conflicts)} conflicts; under the policy {plan.policy!r} {len(plan.written)} facts would be written, "
+        f"{len(plan.skipped)} skipped, and {len(plan.replaced)} of the session replaced. Nothing was changed."
+    )
+
+
+def _edit_in_batches(
+    session: EditSession, new: list[EditRequest], folder: Path, size: int, policy: dict[str, Any]
+) -> EditSession:
     with show.bar(console, "facts", len(new)) as move:
         for begin in range(0, len(new), size):
-            session, _ = session.edit(new[begin : begin + size])
+            session, _ = session.edit(new[begin : begin + size], **policy)
             save_session(session, folder)
             move(min(begin + size, len(new)), len(new))
     return session

@@ -1,6 +1,6 @@
 """What a person sees while and after something runs: progress bars and tables."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,15 +33,41 @@ def completions(pairs: Sequence[Completion], wanted: Sequence[str], title: str) 
     return table
 
 
-def events(rows: Sequence[Event]) -> Table:
-    """A session's history, newest last."""
-    table = Table(title="history", title_justify="left")
-    for heading in ("step", "what", "facts", "which"):
-        table.add_column(heading)
-    for number, event in enumerate(rows, start=1):
-        shown = ", ".join(event.ids[:4]) + (f" ... {event.ids[-1]}" if len(event.ids) > 4 else "")
-        table.add_row(str(number), event.kind, str(len(event.ids)), escape(shown))
-    return table
+def log(events: Sequence[Event], times: Sequence[str], texts: Mapping[str, str], limit: int | None = 4) -> list[str]:
+    """A session's history as a person reads it, newest step first; + came, - left, ~ was skipped.
+
+    Args:
+        texts: what facts say, by id, for those whose event does not.
+        limit: facts shown of each kind in a step; None for all.
+    """
+    known, steps = dict(texts), []
+    for number, (event, time) in enumerate(zip(events, times, strict=True), start=1):
+        left = {name: known.get(name, "") for name in (*event.replaced, *(event.ids if event.kind == "retract" else ()))}
+        known |= dict(zip(event.ids, event.texts, strict=False))
+        came = {name: known.get(name, "") for name in event.ids} if event.kind not in ("retract", "compact", "undo") else {}
+        what = f"undo of step {event.undoes}" if event.kind == "undo" else event.kind
+        marks = (("[green]+[/]", came), ("[red]-[/]", left), ("[yellow]~[/]", dict.fromkeys(event.skipped, "skipped")))
+        steps.append(
+            [
+                f"[bold]step {number}[/]  {what}  [dim]{time.replace('T', ' ')}[/]  {_counted(event)}",
+                *(line for mark, facts in marks if event.kind != "undo" for line in _shown(mark, facts, limit)),
+            ]
+        )
+    return [line for step in reversed(steps) for line in step]
+
+
+def _counted(event: Event) -> str:
+    """How many facts an event touched, in words."""
+    parts = [f"{len(event.ids)} fact{'s' * (len(event.ids) != 1)}"]
+    parts += [f"{len(names)} {what}" for what, names in (("replaced", event.replaced), ("skipped", event.skipped)) if names]
+    return ", ".join(parts)
+
+
+def _shown(mark: str, facts: Mapping[str, str], limit: int | None) -> list[str]:
+    chosen = list(facts.items())[:limit]
+    more = len(facts) - len(chosen)
+    rows = [f"    {mark} {escape(name)}  {escape(text)}".rstrip() for name, text in chosen]
+    return rows + ([f"    {mark} ... and {more} more"] if more else [])
 
 
 def check_writable(file: Path) -> None:

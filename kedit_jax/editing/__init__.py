@@ -1,26 +1,36 @@
 """Editing a model: requests, target values, keys, and the session that accounts for all edits made so far."""
 
+from kedit_jax.editing.algebra import compact, difference, merge, undo
+from kedit_jax.editing.conflicts import Conflict, Plan
+from kedit_jax.editing.drift import Drift, key_drift
 from kedit_jax.editing.moments import Moments, compute_moments, read_moments
 from kedit_jax.editing.requests import EditRequest, read_requests, write_requests
 from kedit_jax.editing.session import EditSession, Event, equivalence_error, relative_error, start_session
-from kedit_jax.editing.settings import EDITORS, PUBLISHED, EditSettings
+from kedit_jax.editing.settings import PUBLISHED, EditSettings
 from kedit_jax.editing.values import Values, ValueSettings
 
 __all__ = [
-    "EDITORS",
     "PUBLISHED",
+    "Conflict",
+    "Drift",
     "EditRequest",
     "EditSession",
     "EditSettings",
     "Event",
     "Moments",
+    "Plan",
     "ValueSettings",
     "Values",
+    "compact",
     "compute_moments",
+    "difference",
     "equivalence_error",
+    "key_drift",
+    "merge",
     "read_moments",
     "read_requests",
     "relative_error",
     "start_session",
+    "undo",
     "write_requests",
 ]

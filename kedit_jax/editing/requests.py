@@ -1,6 +1,7 @@
 """Edit requests: what a user wants a model to say, checked before any model runs."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ class EditRequest:
         id: name of the fact in a session, needed to retract it; the session assigns one where it is None.
         relation: name of the relation, for finding conflicting facts.
         old_target: what the model says today, for reports.
+        weight: how much this fact counts against the prior and the other facts; 1 as published, > 0.
 
     Raises:
         RequestError: listing everything that is wrong with the request.
@@ -33,6 +35,7 @@ class EditRequest:
     id: str | None = None
     relation: str | None = None
     old_target: str | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         problems = _problems(asdict(self))
@@ -44,9 +47,10 @@ class EditRequest:
         """The prompt with the subject in its slot."""
         return self.prompt.replace(SLOT, self.subject)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields that are set, as `read_requests` reads them back."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
 
 
 REQUIRED = ("prompt", "subject", "target")
@@ -61,6 +65,9 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
         if value is None:
             if name in REQUIRED:
                 problems.append(f"{name!r} is missing")
+        elif name == "weight":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+                problems.append(f"weight {value!r} must be a number > 0; leave a fact out to give it no weight")
         elif not isinstance(value, str):
             problems.append(f"{name!r} must be text, not {value!r}")
         elif name in REQUIRED and not value.strip():
@@ -108,7 +115,7 @@ def parse_requests(records: Iterable[tuple[str, Any]], source: str) -> list[Edit
         if found:
             problems += [f"{place}: {problem}" for problem in found]
         else:
-            requests.append(EditRequest(**record))
+            requests.append(EditRequest(**{name: value for name, value in record.items() if value is not None}))
     if problems:
         raise RequestError.listing(f"{source}: nothing was read, mend these first:", problems)
     return requests
@@ -116,7 +123,7 @@ def parse_requests(records: Iterable[tuple[str, Any]], source: str) -> list[Edit
 
 def read_requests(path: str | Path) -> list[EditRequest]:
     """Read a JSONL file of requests: one object a line with `prompt`, `subject`, `target` and, at will, `id`,
-    `relation`, `old_target`. Blank lines are skipped.
+    `relation`, `old_target`, `weight`. Blank lines are skipped.
 
     Raises:
         RequestError: the file cannot be read, holds no request, or has problems: all listed with line numbers.

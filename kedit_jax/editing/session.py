@@ -1,8 +1,9 @@
 """An editing session: a model, the facts written into it, and all it takes to write more or take some back.
 
-Sessions are immutable: `edit` and `retract` return a new session and the delta between the two; the old one stays
-valid. Per layer the session holds the accumulated constraints (key, residual against the ORIGINAL kernel, noise), so that
-at any time its delta is the one-time edit of the facts it holds (Lemma 3.1, Prop. 3.2 and 3.5 of arXiv 2605.26670).
+Sessions are immutable: every operation returns a new session and the delta between the two; the old one stays valid. Per
+layer the session holds the accumulated constraints (key, residual against the ORIGINAL kernel, noise), so that at any time
+its delta is the one-time edit of the facts it holds (Lemma 3.1, Prop. 3.2 and 3.5 of arXiv 2605.26670). What one layer does
+is `kedit_jax.editing.history`; whole sessions are merged, undone and compacted in `kedit_jax.editing.algebra`.
 """
 
 import dataclasses
@@ -15,12 +16,15 @@ import numpy as np
 from jaxtyping import Float
 
 from kedit_jax import solve
-from kedit_jax.delta import Dense, EditDelta, LowRank, Update, read_kernels, write_kernels
+from kedit_jax.delta import Dense, EditDelta, Update, read_kernels, relative_error, write_kernels
+from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
+from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
+from kedit_jax.editing.history import LayerHistory, Site
 from kedit_jax.editing.moments import Moments, check_layers
 from kedit_jax.editing.prefixes import sample_prefixes
 from kedit_jax.editing.requests import EditRequest, check_unique_ids
-from kedit_jax.editing.settings import EDITORS, EditSettings
+from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Layout, lay_out
 from kedit_jax.editing.values import Values, optimise_values
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
@@ -31,31 +35,23 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a session's history: what was done (`edit`, `retract`) to which facts."""
+    """One line of a session's history.
+
+    Attributes:
+        kind: `edit`, `replace`, `retract`, `restore`, `merge`, `compact` or `undo`.
+        ids: the facts that it wrote, took back, restored or compacted.
+        replaced: the facts that left for those, under the policy on conflicts or because their target was replaced.
+        skipped: the facts that the policy left out.
+        undoes: number of the event, counted from 1, that an `undo` took back.
+        texts: what each of `ids` said, where the event wrote them; a fact's target can be replaced later.
+    """
 
     kind: str
     ids: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerHistory:
-    """One layer's constraints, a row a fact in the session's order, and the solver's state after them.
-
-    Keys are recorded as they were solved with. They equal those read again once the whole batch is written, which published
-    code records: a layer's keys depend on lower layers only, and those are edited first. Later batches move the lower
-    layers, and the keys of upper layers with them; the session's claim is about the recorded ones.
-
-    Attributes:
-        constraints: keys [m, k] as the model gave them, at least float32; residuals [m, v] against the original kernel and
-            noise [m], float64.
-        state: of `kedit_jax.solve`, always the fold of `append` over the session's batches, so that a reloaded or
-            retracted session continues with the same numbers as one that got there directly. None when unaligned.
-        update: [k, v] float64, the sum of all steps.
-    """
-
-    constraints: solve.Constraints
-    state: Any
-    update: Float[np.ndarray, "k v"]
+    replaced: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    undoes: int | None = None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +61,14 @@ class EditSession:
     Attributes:
         base: the model before any edit.
         model: the model with all facts of the session written in.
+        editors: each edited layer's prior and noise.
+        layers: each edited layer's constraints and update.
         facts: the facts it holds, in order; every one has an id.
-        batches: how many of them each batch wrote.
+        batches: how many of them each batch wrote, those that were compacted left out.
+        events: what was done, in order.
+        retired: facts that were taken back and can be restored, the latest last; an id can have several versions.
+        skipped: facts that a policy on conflicts left out.
+        compacted: how many of `facts`, the first ones, are kept as statistics alone.
         reports: how the last batch's target values came out.
     """
 
@@ -76,11 +78,14 @@ class EditSession:
     settings: EditSettings
     prefixes: tuple[str, ...]
     moments: Moments
-    priors: Mapping[int, solve.Prior]
+    editors: Mapping[int, solve.Editor]
     layers: Mapping[int, LayerHistory]
     facts: tuple[EditRequest, ...] = ()
     batches: tuple[int, ...] = ()
     events: tuple[Event, ...] = ()
+    retired: tuple[EditRequest, ...] = ()
+    skipped: tuple[EditRequest, ...] = ()
+    compacted: int = 0
     reports: Values | None = None
 
     @property
@@ -90,29 +95,151 @@ class EditSession:
             return EditDelta({})
         return EditDelta({down_kernel_address(n): Dense(layer.update) for n, layer in self.layers.items()})
 
-    def edit(self, requests: Sequence[EditRequest], *, progress: Progress | None = None) -> tuple["EditSession", EditDelta]:
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        conflicts: str | None = None,
+        similarity: float | None = None,
+        progress: Progress | None = None,
+    ) -> tuple["EditSession", EditDelta]:
         """Write a batch of facts (MEMIT's procedure, with the session's editor and history).
 
         Args:
             requests: the facts; one without an id gets `fact-N`.
+            conflicts: what to do about facts that contradict those before them, a policy of
+                `kedit_jax.editing.conflicts`; the settings' by default.
+            similarity: cosine of two keys from which on their facts conflict, too; the settings' by default.
             progress: called with (stage, done, total).
 
         Returns:
             The session afterwards and this step's delta; `self` is unchanged.
 
         Raises:
-            RequestError: a request that cannot be used; all of them are listed.
+            RequestError: a request that cannot be used, or a conflict that the policy rejects; all of them are listed.
+            SessionError: a conflict whose policy the session cannot follow.
             NonFiniteError: values, keys or updates that are not finite; the requests are named.
+        """
+        plan = self.plan(requests, conflicts=conflicts, similarity=similarity)
+        session = self._without(plan.replaced) if plan.replaced else self
+        steps: dict[str, Update] = {}
+        if plan.written:
+            session, steps = session._written(plan.written, _rows_of(plan, session), progress)
+        event = Event("edit", _ids(plan.written), plan.replaced, _ids(plan.skipped), texts=texts_of(plan.written))
+        session = dataclasses.replace(session, events=(*self.events, event), skipped=(*self.skipped, *plan.skipped))
+        return session, difference_of(self, session) if plan.replaced else EditDelta(steps)
+
+    def plan(
+        self, requests: Sequence[EditRequest], *, conflicts: str | None = None, similarity: float | None = None
+    ) -> Plan:
+        """What `edit` would do about contradictions, without doing it: a dry run that optimises and solves nothing.
+
+        Raises:
+            As `edit`, but for what is not finite.
         """
         if not requests:
             raise KeditError("no requests to edit; give at least one")
         requests = self._named(requests)
+        policy = conflicts or self.settings.policy
+        similarity = self.settings.similarity if similarity is None else similarity
+        self._check_weights(requests)
+        layouts = self._layouts(requests)
+        close: dict[str, Any] = {}
+        if similarity is not None:
+            close = {"batch_keys": self._first_keys(requests, layouts), "held_keys": self._held_keys()}
+        found = find_conflicts(requests, self.facts, similarity=similarity, **close)
+        plan = resolve(requests, found, policy)
+        self._check_plan(plan)
+        return plan
+
+    def replace(
+        self, requests: Sequence[EditRequest], *, progress: Progress | None = None
+    ) -> tuple["EditSession", EditDelta]:
+        """Give facts that the session holds, named by their ids, new targets under their recorded keys.
+
+        Raises:
+            SessionError: an id the session does not hold, or a session that cannot take anything back.
+            RequestError, NonFiniteError: as `edit`.
+        """
+        ids = _ids(requests)
+        check_unique_ids(requests)
+        before = self._without(ids)
+        self._check_weights(requests)
+        rows = {number: _Row("retired", before._retired_at(str(request.id))) for number, request in enumerate(requests)}
+        after, _ = before._written(tuple(requests), rows, progress)
+        after = dataclasses.replace(after, events=(*self.events, Event("replace", ids, ids, texts=texts_of(requests))))
+        return after, difference_of(self, after)
+
+    def retract(self, ids: Sequence[str]) -> tuple["EditSession", EditDelta]:
+        """Take facts back: afterwards the kernels are as if they had never been edited (Prop. 3.5).
+
+        Retracting the last fact gives the original model back bit for bit. What was taken back is kept for `restore`.
+
+        Raises:
+            SessionError: an id the session does not hold or has compacted, or a history that is not aligned, which cannot
+                take anything back.
+        """
+        session = self._without(ids)
+        session = dataclasses.replace(session, events=(*self.events, Event("retract", tuple(dict.fromkeys(ids)))))
+        return session, difference_of(self, session)
+
+    def restore(self, ids: Sequence[str]) -> tuple["EditSession", EditDelta]:
+        """Write facts that were taken back once more, from their recorded constraints: no value is optimised.
+
+        Raises:
+            SessionError: an id that was never taken back, or that a fact of the session bears.
+        """
+        ids = tuple(dict.fromkeys(ids))
+        session = self._with_retired([self._retired_at(name) for name in ids])
+        session = dataclasses.replace(session, events=(*self.events, Event("restore", ids)))
+        return session, difference_of(self, session)
+
+    def one_time(self, dtype: str = "float64") -> EditDelta:
+        """The one-time edit of everything the session holds, computed anew from its stored constraints.
+
+        What `delta` must equal when the session is aligned and without post-processing; see `equivalence_error`.
+        """
+        if not self.facts:
+            return EditDelta({})
+        with solve.float64():
+            updates = {layer: histories.one_time(held, self.site(layer), dtype) for layer, held in self.layers.items()}
+        return EditDelta({down_kernel_address(layer): Dense(update) for layer, update in updates.items()})
+
+    def replayed(self, dtype: str = "float64") -> EditDelta:
+        """The sum of the sequential steps over the stored constraints, made anew with every step rounded to this dtype."""
+        if self.settings.history != "aligned":
+            raise SessionError(
+                f"the steps of a session with history {self.settings.history!r} are not those of the aligned sequence; "
+                "compare its `delta`"
+            )
+        updates: dict[str, Update] = {}
+        with solve.float64():
+            for layer, held in self.layers.items():
+                again = histories.replayed(self.site(layer), held.constraints, self.batches, held.base, dtype)
+                updates[down_kernel_address(layer)] = Dense(again.update)
+        return EditDelta(updates)
+
+    def site(self, layer: int) -> Site:
+        """What an edited layer is edited with."""
+        address = down_kernel_address(layer)
+        kernel = np.asarray(read_kernels(self.base, [address])[address], np.float64)
+        editor = self.editors[layer]
+        return Site(editor.prior, float(editor.noise), kernel, self.settings.procedure())
+
+    def _written(
+        self, requests: Sequence[EditRequest], shared: Mapping[int, "_Row"], progress: Progress | None
+    ) -> tuple["EditSession", dict[str, Update]]:
+        """The session with a batch written, and each kernel's step.
+
+        Args:
+            shared: by position in the batch, whose key a fact is written under instead of its own.
+        """
         layouts = self._layouts(requests)
         values = self._values(requests, layouts, progress)
-        steps: dict[int, Update] = {}
+        steps: dict[str, Update] = {}
         layers, model = dict(self.layers), self.model
         streams, at, count = [reading.enter(model, layout) for layout in layouts], 0, len(requests)
-        top = self.settings.layers[-1]
+        weights, top = np.array([request.weight for request in requests]), self.settings.layers[-1]
         for left, layer in zip(range(len(layers), 0, -1), self.settings.layers, strict=True):
             read = [
                 reading.read(model, stream, at, layer, top, layout.n_contexts)
@@ -123,90 +250,86 @@ class EditSession:
             present = _stack([r.top for _, r in read], count)
             residuals = (np.asarray(values.z, np.float64) - present) / left
             _require_finite(f"keys of layer {layer}", keys, requests)
+            keys = _under_shared(keys, shared, layers[layer])
             with solve.float64():
-                layers[layer], steps[layer] = self._step(layer, keys, residuals)
+                site = self.site(layer)
+                block = solve.Constraints(keys, residuals + keys @ layers[layer].update, site.noise / weights)
+                layers[layer], step = _extended(layer, layers[layer], site, block)
+                steps[down_kernel_address(layer)] = step
                 model = self._apply(model, layer, layers[layer])
             if progress is not None:
                 progress("layers", len(self.layers) - left + 1, len(self.layers))
+        keeps = self.settings.history in ("aligned", "unaligned")
         session = dataclasses.replace(
             self,
             model=model,
             layers=layers,
-            facts=(*self.facts, *requests),
-            batches=(*self.batches, count),
-            events=(*self.events, Event("edit", tuple(str(r.id) for r in requests))),
+            facts=(*self.facts, *requests) if keeps else tuple(requests),
+            batches=(*self.batches, count) if keeps else (count,),
             reports=values,
         )
-        return session, EditDelta({down_kernel_address(layer): update for layer, update in steps.items()})
+        return session, steps
 
-    def retract(self, ids: Sequence[str]) -> tuple["EditSession", EditDelta]:
-        """Take facts back: afterwards the kernels are as if they had never been edited (Prop. 3.5).
-
-        Retracting the last fact gives the original model back bit for bit.
-
-        Raises:
-            SessionError: an id the session does not hold, or an unaligned session, which cannot take anything back.
-        """
-        if self.settings.history == "unaligned":
-            raise SessionError("an unaligned session left its history out and cannot retract; edit with history='aligned'")
-        gone, known = set(ids), {str(fact.id) for fact in self.facts}
-        if not gone or not gone <= known:
-            missing = sorted(gone - known) or ["(none given)"]
-            raise SessionError(f"cannot retract {', '.join(missing)}: not among the session's {len(known)} facts")
-        keep = np.array([fact.id not in gone for fact in self.facts])
+    def _without(self, ids: Sequence[str]) -> "EditSession":
+        """The session as if these facts had never been edited; they are retired. No event is recorded."""
+        self._check_can_lose(ids)
+        keep = np.array([fact.id not in set(ids) for fact in self.facts[self.compacted :]])
         sizes = [int(part.sum()) for part in np.split(keep, np.cumsum(self.batches)[:-1])]
-        layers, model = {}, self.base
+        layers = {}
         with solve.float64():
-            for layer, history in self.layers.items():
-                layers[layer] = self._replay(layer, solve.take(history.constraints, keep), sizes)
-                if keep.any():
-                    model = self._apply(model, layer, layers[layer])
-            steps = {
-                down_kernel_address(layer): Dense(layers[layer].update - history.update)
-                for layer, history in self.layers.items()
-            }
-        session = dataclasses.replace(
+            for layer, held in self.layers.items():
+                stays, leaves = solve.take(held.constraints, keep), solve.take(held.constraints, ~keep)
+                again = histories.replayed(self.site(layer), stays, sizes, held.base)
+                layers[layer] = dataclasses.replace(again, retired=solve.concatenate([held.retired, leaves]))
+        gone = set(ids)
+        return dataclasses.replace(
             self,
-            model=model,
+            model=self.base,
             layers=layers,
-            facts=tuple(fact for fact, kept in zip(self.facts, keep, strict=True) if kept),
+            facts=tuple(fact for fact in self.facts if fact.id not in gone),
+            retired=(*self.retired, *(fact for fact in self.facts if fact.id in gone)),
             batches=tuple(size for size in sizes if size),
-            events=(*self.events, Event("retract", tuple(ids))),
             reports=None,
-        )
-        return session, EditDelta(steps)
+        )._with_model()
 
-    def one_time(self, dtype: str = "float64") -> EditDelta:
-        """The one-time edit of everything the session holds, computed anew from its stored constraints.
-
-        What `delta` must equal when the session is aligned; see `equivalence_error`.
-        """
-        if not self.facts:
-            return EditDelta({})
-        updates: dict[str, Update] = {}
+    def _with_retired(self, places: Sequence[int]) -> "EditSession":
+        """The session with these of its retired facts written again, as one batch. No event is recorded."""
+        chosen = np.isin(np.arange(len(self.retired)), places)
+        back = [fact for fact, is_back in zip(self.retired, chosen, strict=True) if is_back]
+        taken = sorted({str(fact.id) for fact in self.facts} & {str(fact.id) for fact in back})
+        if taken:
+            raise SessionError(
+                f"the session holds other facts named {', '.join(taken)}; retract those before restoring these"
+            )
+        layers = {}
         with solve.float64():
-            for layer, history in self.layers.items():
-                solution = solve.one_time(self.priors[layer], history.constraints, dtype=dtype)
-                solve.check(solution.status)
-                updates[down_kernel_address(layer)] = Dense(np.asarray(solution.update))
-        return EditDelta(updates)
+            for layer, held in self.layers.items():
+                rows = solve.take(held.retired, chosen)
+                grown, _ = _extended(layer, held, self.site(layer), rows)
+                layers[layer] = dataclasses.replace(grown, retired=solve.take(held.retired, ~chosen))
+        return dataclasses.replace(
+            self,
+            layers=layers,
+            facts=(*self.facts, *back),
+            retired=tuple(fact for fact, is_back in zip(self.retired, chosen, strict=True) if not is_back),
+            batches=(*self.batches, len(back)),
+            reports=None,
+        )._with_model()
 
-    def replayed(self, dtype: str) -> EditDelta:
-        """The sum of the sequential steps over the stored constraints, made anew with every step rounded to this dtype."""
-        if self.settings.history == "unaligned":
-            raise SessionError("an unaligned session's steps are not those of the aligned sequence; compare its `delta`")
-        updates: dict[str, Update] = {}
-        with solve.float64():
-            for layer, history in self.layers.items():
-                again = self._replay(layer, history.constraints, self.batches, dtype)
-                updates[down_kernel_address(layer)] = Dense(again.update)
-        return EditDelta(updates)
+    def _with_model(self) -> "EditSession":
+        """The session with its model made of the base and every layer's update; without facts, the base itself."""
+        model = self.base
+        if self.facts:
+            for layer, held in self.layers.items():
+                model = self._apply(model, layer, held)
+        return dataclasses.replace(self, model=model)
 
     def _named(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
         """The requests, each with an id; ids already taken are an error."""
         taken = {str(fact.id) for fact in self.facts}
         check_unique_ids(requests, taken)
-        taken |= {request.id for request in requests if request.id is not None}
+        # A retired fact's id may be given anew by the user, but is not given out: it still names that fact in the history.
+        taken |= {str(fact.id) for fact in (*requests, *self.retired, *self.skipped) if fact.id is not None}
         number, named = sum(len(e.ids) for e in self.events if e.kind == "edit"), []
         for request in requests:
             number += 1
@@ -242,45 +365,78 @@ class EditSession:
         _require_finite("target values", np.asarray(values.z), requests)
         return values
 
-    def _step(self, layer: int, keys: np.ndarray, residuals: np.ndarray) -> tuple[LayerHistory, Update]:
-        """One layer's step on a batch: keys [u, k], and residuals [u, v] against the current kernel in float64."""
-        history, prior = self.layers[layer], self.priors[layer]
-        noise = np.full(len(keys), self.settings.noise)
-        block = solve.Constraints(keys, residuals + keys @ history.update, noise)
-        if self.settings.history == "aligned":
-            state, step = solve.sequential(history.state, prior, block)
-            update: Update = LowRank(np.asarray(step.left), np.asarray(step.right))
-        else:
-            state = None
-            alone = solve.one_time(prior, solve.Constraints(keys, residuals, noise))
-            solve.check(alone.status)
-            update = Dense(np.asarray(alone.update))
-        total = history.update + np.asarray(update.dense())
-        if not np.isfinite(total).all():
-            raise NonFiniteError(f"the update of layer {layer} is not finite; raise the ridge or the noise, or drop facts")
-        return LayerHistory(solve.concatenate([history.constraints, block]), state, total), update
+    def _first_keys(self, requests: Sequence[EditRequest], layouts: Sequence[Layout]) -> Float[np.ndarray, "u k"]:
+        """Keys in the first edited layer, which no edit of the session moves."""
+        first, read = self.settings.layers[0], []
+        for layout in layouts:
+            stream = reading.enter(self.base, layout)
+            read.append(reading.read(self.base, stream, 0, first, first, layout.n_contexts)[1].keys)
+        return _stack(read, len(requests))
 
-    def _replay(
-        self, layer: int, constraints: solve.Constraints, sizes: Sequence[int], dtype: str = "float64"
-    ) -> LayerHistory:
-        """The history that writing these constraints in batches of these sizes gives, and nothing else before."""
-        keys, values = self.layers[layer].update.shape
-        history = _empty_history(self.priors[layer], (keys, values), dtype)
-        begin = 0
-        for size in sizes:
-            if size:
-                block = solve.take(constraints, np.arange(begin, begin + size))
-                state, step = solve.sequential(history.state, self.priors[layer], block, dtype=dtype)
-                update = history.update + np.asarray(step.left) @ np.asarray(step.right)
-                history = LayerHistory(solve.concatenate([history.constraints, block]), state, update)
-            begin += size
-        return history
+    def _held_keys(self) -> Float[np.ndarray, "m k"]:
+        """Recorded keys of the first edited layer, a row a fact; compacted facts have none, so 0."""
+        keys = self.layers[self.settings.layers[0]].constraints.keys
+        return np.concatenate([np.zeros((self.compacted, keys.shape[1]), keys.dtype), np.asarray(keys)])
 
-    def _apply(self, model: Decoder, layer: int, history: LayerHistory) -> Decoder:
+    def _retired_at(self, name: str) -> int:
+        """Where the latest retired version of a fact stands."""
+        places = [place for place, fact in enumerate(self.retired) if fact.id == name]
+        if not places:
+            raise SessionError(f"cannot restore {name}: it is not among the {len(self.retired)} facts that were taken back")
+        return places[-1]
+
+    def _check_weights(self, requests: Sequence[EditRequest]) -> None:
+        weighted = [str(request.id) for request in requests if request.weight != 1]
+        if weighted and any(float(editor.noise) == 0 for editor in self.editors.values()):
+            raise RequestError(
+                f"facts with a weight ({', '.join(weighted[:5])}), but the editor {self.settings.editor!r} meets every "
+                "constraint exactly: leave the weights out, or set noise > 0"
+            )
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan.policy in ("latest", "merge") and self.settings.history != "aligned":
+            raise SessionError(f"conflicts {plan.policy!r} needs history 'aligned', not {self.settings.history!r}")
+        if plan.replaced:
+            self._check_can_lose(plan.replaced)
+        gone = {str(fact.id) for fact in self.facts[: self.compacted]} & set(plan.shared.values())
+        if gone:
+            raise SessionError(
+                f"cannot merge with {', '.join(sorted(gone))}: compacted, so that their keys are no longer known"
+            )
+        if plan.shared and any(float(editor.noise) == 0 for editor in self.editors.values()):
+            raise SessionError("facts merged under one key contradict each other exactly with noise 0; set noise > 0")
+
+    def _check_can_lose(self, ids: Sequence[str]) -> None:
+        """Raise unless these facts can be taken out of the session."""
+        if self.settings.history != "aligned":
+            raise SessionError(
+                f"a session with history {self.settings.history!r} left its history out and cannot retract; "
+                "edit with history='aligned'"
+            )
+        gone, known = set(ids), {str(fact.id) for fact in self.facts}
+        if not gone or not gone <= known:
+            missing = sorted(gone - known) or ["(none given)"]
+            raise SessionError(f"cannot retract {', '.join(missing)}: not among the session's {len(known)} facts")
+        blurred = sorted(gone & {str(fact.id) for fact in self.facts[: self.compacted]})
+        if blurred:
+            raise SessionError(
+                f"cannot retract {', '.join(blurred)}: compacted into statistics, which gave up retraction for constant "
+                "memory"
+            )
+
+    def _apply(self, model: Decoder, layer: int, held: LayerHistory) -> Decoder:
         """`model` with this layer's kernel at original + total update: one rounding, however many steps."""
         address = down_kernel_address(layer)
         original = np.asarray(read_kernels(self.base, [address])[address], np.float64)
-        return write_kernels(model, {address: original + history.update})
+        return write_kernels(model, {address: original + held.update})
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A recorded key: `held` or `retired` row of a layer, or row of the `batch` that is being written."""
+
+    where: str
+    number: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +444,9 @@ class StoredLayer:
     """What a checkpoint keeps of a layer's history."""
 
     constraints: solve.Constraints
+    retired: solve.Constraints
     update: Float[np.ndarray, "k v"]
+    base: histories.Compacted | None = None
 
 
 def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: EditSettings) -> EditSession:
@@ -322,19 +480,21 @@ def restore_session(
     *,
     prefixes: tuple[str, ...],
     layers: Mapping[int, StoredLayer],
-    facts: tuple[EditRequest, ...],
-    batches: tuple[int, ...],
-    events: tuple[Event, ...],
+    **parts: Any,
 ) -> EditSession:
-    """The session that these parts, as a checkpoint keeps them, were taken from. The solver's states are built anew."""
-    session = _empty_session(model, tokenizer, moments, settings, prefixes)
-    histories, edited = dict(session.layers), model
+    """The session that these parts, as a checkpoint keeps them, were taken from. The solver's states are built anew.
+
+    Args:
+        parts: the fields of `EditSession` from `facts` to `compacted`.
+    """
+    session = dataclasses.replace(_empty_session(model, tokenizer, moments, settings, prefixes), **parts)
+    held = dict(session.layers)
     with solve.float64():
         for layer, stored in layers.items():
-            state = None if settings.history == "unaligned" else session._replay(layer, stored.constraints, batches).state
-            histories[layer] = LayerHistory(stored.constraints, state, stored.update)
-            edited = session._apply(edited, layer, histories[layer])
-    return dataclasses.replace(session, model=edited, layers=histories, facts=facts, batches=batches, events=events)
+            held[layer] = histories.restored(
+                session.site(layer), stored.constraints, stored.retired, session.batches, stored.update, stored.base
+            )
+        return dataclasses.replace(session, layers=held)._with_model()
 
 
 def _empty_session(
@@ -343,18 +503,18 @@ def _empty_session(
     missing = [layer for layer in settings.layers if layer not in moments.by_layer]
     if missing:
         raise SessionError(f"no moments for layers {missing}, only for {sorted(moments.by_layer)}; compute them first")
-    shape = (model.config.d_ff, model.config.d_model)
     with solve.float64():
-        priors = {layer: EDITORS[settings.editor](moments.by_layer[layer], settings) for layer in settings.layers}
-        layers = {layer: _empty_history(priors[layer], shape) for layer in settings.layers}
-    return EditSession(model, model, tokenizer, settings, prefixes, moments, priors, layers)
+        editors = {layer: settings.build(moments.by_layer[layer]) for layer in settings.layers}
+        session = EditSession(model, model, tokenizer, settings, prefixes, moments, editors, {})
+        layers = {layer: histories.empty_history(session.site(layer)) for layer in settings.layers}
+    return dataclasses.replace(session, layers=layers)
 
 
-def _empty_history(prior: solve.Prior, shape: tuple[int, int], dtype: str = "float64") -> LayerHistory:
-    """No constraints yet on a kernel of this shape [k, v], whose updates are summed in this dtype."""
-    keys, values = shape
-    nothing = solve.Constraints(np.zeros((0, keys), np.float32), np.zeros((0, values)), np.zeros(0))
-    return LayerHistory(nothing, solve.start(prior, values), np.zeros(shape, dtype))
+def difference_of(before: EditSession, after: EditSession) -> EditDelta:
+    """The delta that takes the kernels of one session to those of another of the same model and layers."""
+    return EditDelta(
+        {down_kernel_address(n): Dense(held.update - before.layers[n].update) for n, held in after.layers.items()}
+    )
 
 
 def equivalence_error(session: EditSession, dtype: str = "float64") -> float:
@@ -367,18 +527,43 @@ def equivalence_error(session: EditSession, dtype: str = "float64") -> float:
     return relative_error(steps, session.one_time(dtype))
 
 
-def relative_error(delta: EditDelta, reference: EditDelta) -> float:
-    """|delta - reference| / |reference| in the Frobenius norm over all kernels; an address that one lacks has update 0."""
-    gap = size = 0.0
-    for address in {*delta.updates, *reference.updates}:
-        with solve.float64():
-            ours, theirs = (
-                np.asarray(each[address].dense(), np.float64) if address in each.updates else 0.0
-                for each in (delta, reference)
-            )
-        gap += float(np.sum((ours - theirs) ** 2))
-        size += float(np.sum(np.square(theirs)))
-    return (gap / size) ** 0.5 if size else float(gap > 0)
+def texts_of(facts: Sequence[EditRequest]) -> tuple[str, ...]:
+    """Each fact as a line of the history."""
+    return tuple(f"{fact.text} -> {fact.target}" for fact in facts)
+
+
+def _ids(facts: Sequence[EditRequest]) -> tuple[str, ...]:
+    return tuple(str(fact.id) for fact in facts)
+
+
+def _rows_of(plan: Plan, session: EditSession) -> dict[int, _Row]:
+    """By position in the batch, the row of the key that a merged fact shares."""
+    held = {str(fact.id): number for number, fact in enumerate(session.facts[session.compacted :])}
+    batch = {name: number for number, name in enumerate(_ids(plan.written))}
+    return {
+        batch[new]: _Row("held", held[old]) if old in held else _Row("batch", batch[old]) for new, old in plan.shared.items()
+    }
+
+
+def _under_shared(
+    keys: Float[np.ndarray, "u k"], shared: Mapping[int, _Row], held: LayerHistory
+) -> Float[np.ndarray, "u k"]:
+    """The batch's keys, with those of facts that share another's replaced by it."""
+    if not shared:
+        return keys
+    sources = {"held": held.constraints.keys, "retired": held.retired.keys, "batch": keys}
+    moved = keys.copy()
+    for number, row in shared.items():
+        moved[number] = sources[row.where][row.number]
+    return moved
+
+
+def _extended(layer: int, held: LayerHistory, site: Site, block: solve.Constraints) -> tuple[LayerHistory, Update]:
+    """`histories.extended`, with errors that name the layer."""
+    try:
+        return histories.extended(held, site, block)
+    except KeditError as error:
+        raise type(error)(f"layer {layer}: {error}") from error
 
 
 def _stack(parts: Sequence[Any], count: int) -> Float[np.ndarray, "r n"]:

@@ -1,18 +1,24 @@
 """How to edit: one frozen record, the editors it can name, and the values published for known checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
 
+from kedit_jax import solve
 from kedit_jax.editing.values import ValueSettings
 from kedit_jax.errors import KeditError
-from kedit_jax.solve import Prior, prior
+from kedit_jax.solve.postprocess import Post, parse_post
+from kedit_jax.solve.sequences import MODES, Mode
 
-HISTORIES = ("aligned", "unaligned")
+POLICIES = ("keep", "latest", "first", "merge", "reject")
+"""What may be done about facts that contradict each other; `kedit_jax.editing.conflicts` says how."""
+
+UNCOMPENSATED = ("unaligned", "latest-simplified")
+"""Histories without a solution of their own that a step's post-processing error could be measured against."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,21 @@ class EditSettings:
 
     Attributes:
         layers: the blocks whose down projections are edited; target values are those of the last.
-        editor: a name in `EDITORS`.
+        editor: a name in `kedit_jax.solve.EDITORS`; `USES` says which of the numbers below it reads.
         moment_weight: lambda, the weight of C0 (a mean second moment) in the prior's precision.
         ridge: rho, the weight of the identity beside it.
-        null_threshold: AlphaEdit's null space is that of C0's eigenvalues below.
+        null_threshold, null_relative, null_rank: AlphaEdit's null space is that of C0's eigenvalues below the threshold,
+            below this share of the largest, or of this many smallest ones; one of the three, a threshold of 0.02 by default.
         l2: AlphaEdit's ridge within the null space.
-        noise: 1 / weight of each edit; 0 makes edits equality constraints (EMMET, ROME).
-        history: "aligned" accounts for all earlier edits, so that the sequence equals the one-time edit; "unaligned"
-            leaves them out, as a baseline.
+        noise: 1 / weight of each edit; 0 makes edits equality constraints (EMMET, ROME). The editor's own by default.
+        history: how a sequence is run, a name in `kedit_jax.solve.sequences.MODES`. "aligned" accounts for all earlier
+            edits, so that the sequence equals the one-time edit; the others are baselines.
+        post: what is done to each step: a name in `kedit_jax.solve.postprocess.POSTS`, with its parameter behind a colon
+            where it has one, as "prune" or "rect:0.4".
+        compensate: make up for the post-processing of a step in the next one (Algorithm 1); needs an aligned history.
+        conflicts: what to do about facts that contradict each other, one of `POLICIES`; by default "latest" where the
+            history is aligned and "keep" where it is not.
+        similarity: also take facts for contradicting whose keys in the first edited layer have at least this cosine.
         values: how target values are optimised.
         prefixes, prefix_tokens: how many context prefixes the model writes, and how long.
         seed: of the prefixes, the only random choice.
@@ -39,10 +52,16 @@ class EditSettings:
     editor: str = "memit"
     moment_weight: float = 15000.0
     ridge: float = 0.0
-    null_threshold: float = 0.02
+    null_threshold: float | None = None
+    null_relative: float | None = None
+    null_rank: int | None = None
     l2: float = 10.0
-    noise: float = 1.0
+    noise: float | None = None
     history: str = "aligned"
+    post: str | None = None
+    compensate: bool = True
+    conflicts: str | None = None
+    similarity: float | None = None
     values: ValueSettings = field(default_factory=ValueSettings)
     prefixes: int = 5
     prefix_tokens: int = 10
@@ -50,21 +69,62 @@ class EditSettings:
     micro_batch: int = 50
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.editor not in EDITORS:
-            problems.append(f"editor {self.editor!r} is unknown; there are {', '.join(EDITORS)}")
-        if self.history not in HISTORIES:
-            problems.append(f"history {self.history!r} is unknown; there are {', '.join(HISTORIES)}")
-        if not self.layers or any(type(layer) is not int for layer in self.layers):
-            problems.append(f"layers {list(self.layers)} must be whole numbers, at least one")
-        positive = {"micro_batch": self.micro_batch, "prefix_tokens": self.prefix_tokens}
-        positive |= {f"values.{name}": getattr(self.values, name) for name in ("steps", "learning_rate", "clamp")}
-        problems += [f"{name} is {value}; it must be positive" for name, value in positive.items() if not value > 0]
-        least_zero = {name: getattr(self, name) for name in ("noise", "ridge", "moment_weight", "prefixes")}
-        least_zero |= {f"values.{name}": getattr(self.values, name) for name in ("kl_factor", "decay")}
-        problems += [f"{name} is {value}; it must not be negative" for name, value in least_zero.items() if not value >= 0]
+        problems = [*self._unknown_names(), *self._unusable_numbers()]
         if problems:
             raise KeditError.listing("unusable settings:", problems)
+
+    @property
+    def policy(self) -> str:
+        """What is done about conflicts."""
+        return self.conflicts or ("latest" if self.history == "aligned" else "keep")
+
+    def build(self, moment: Float[np.ndarray, "k k"]) -> solve.Editor:
+        """The editor for a layer whose keys have this second moment, with the noise of its constraints."""
+        editor = solve.EDITORS[self.editor](moment, **{name: getattr(self, own) for name, own in USES[self.editor].items()})
+        return editor if self.noise is None else dataclasses.replace(editor, noise=self.noise)
+
+    def procedure(self) -> "Procedure":
+        """How a sequence of edits is run."""
+        post = None if self.post is None else parse_post(self.post)
+        return Procedure(cast(Mode, self.history), post, self.compensate and post is not None)
+
+    def _unknown_names(self) -> list[str]:
+        named = (("editor", self.editor, solve.EDITORS), ("history", self.history, MODES))
+        problems = [
+            f"{what} {name!r} is unknown; there are {', '.join(known)}" for what, name, known in named if name not in known
+        ]
+        if self.conflicts is not None and self.conflicts not in POLICIES:
+            problems.append(f"conflicts {self.conflicts!r} is no policy; there are {', '.join(POLICIES)}")
+        elif self.conflicts in ("latest", "merge") and self.history != "aligned":
+            problems.append(
+                f"conflicts {self.conflicts!r} needs history 'aligned', not {self.history!r}; use keep, first or reject"
+            )
+        try:
+            post = None if self.post is None else parse_post(self.post)
+        except KeditError as error:
+            problems.append(str(error))
+        else:
+            if post is not None and self.compensate and self.history in UNCOMPENSATED:
+                problems.append(f"history {self.history!r} has no solution to compensate towards; set compensate=False")
+        return problems
+
+    def _unusable_numbers(self) -> list[str]:
+        problems = []
+        if not self.layers or any(type(layer) is not int for layer in self.layers):
+            problems.append(f"layers {list(self.layers)} must be whole numbers, at least one")
+        chosen = [name for name in ("null_threshold", "null_relative", "null_rank") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            problems.append(f"{' and '.join(chosen)} are given; a null space takes one of them")
+        positive = {name: getattr(self, name) for name in ("micro_batch", "prefix_tokens", *chosen)}
+        positive |= {f"values.{name}": getattr(self.values, name) for name in ("steps", "learning_rate", "clamp")}
+        problems += [f"{name} is {value}; it must be positive" for name, value in positive.items() if not value > 0]
+        least_zero = {name: getattr(self, name) for name in ("ridge", "moment_weight", "prefixes")}
+        least_zero |= {"noise": 0.0 if self.noise is None else self.noise}
+        least_zero |= {f"values.{name}": getattr(self.values, name) for name in ("kl_factor", "decay")}
+        problems += [f"{name} is {value}; it must not be negative" for name, value in least_zero.items() if not value >= 0]
+        if self.similarity is not None and not 0 < self.similarity <= 1:
+            problems.append(f"similarity is {self.similarity}; a cosine threshold lies in (0, 1], as 0.9")
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` reads them back."""
@@ -88,25 +148,22 @@ class EditSettings:
         return cls(**{**changes, "layers": tuple(stored["layers"])})
 
 
-Editor = Callable[[Float[np.ndarray, "k k"], EditSettings], Prior]
+class Procedure(NamedTuple):
+    """How a sequence of edits is run; what `kedit_jax.solve.advance` takes by these names."""
+
+    mode: Mode
+    post: Post | None
+    compensate: bool
 
 
-def _memit(moment: Float[np.ndarray, "k k"], settings: EditSettings) -> Prior:
-    """H = (lambda C0 + rho I)^-1. With noise 0 this is EMMET, and ROME for a single edit."""
-    return prior.memit(moment, settings.moment_weight, settings.ridge)
-
-
-def _alphaedit(moment: Float[np.ndarray, "k k"], settings: EditSettings) -> Prior:
-    """H = U0 U0' / L2 on the null space of C0."""
-    return prior.alphaedit(moment, threshold=settings.null_threshold, l2=settings.l2)
-
-
-def _ridge(moment: Float[np.ndarray, "k k"], settings: EditSettings) -> Prior:
-    """H = I / rho: nothing is known of the keys to spare."""
-    return prior.ridge(moment.shape[0], settings.ridge)
-
-
-EDITORS: Mapping[str, Editor] = {"memit": _memit, "alphaedit": _alphaedit, "ridge": _ridge}
+USES: Mapping[str, Mapping[str, str]] = {
+    "memit": {"weight": "moment_weight", "ridge": "ridge"},
+    "alphaedit": {"threshold": "null_threshold", "relative": "null_relative", "rank": "null_rank", "l2": "l2"},
+    "emmet": {"weight": "moment_weight", "ridge": "ridge"},
+    "rome": {"ridge": "ridge"},
+    "ridge": {"rho": "ridge"},
+}
+"""Editor -> its own name of a number -> the setting that holds it. Other settings of a prior mean nothing to it."""
 
 _MEMIT_VALUES = ValueSettings(steps=25, learning_rate=0.5, clamp=0.75, kl_factor=0.0625, decay=0.5)
 

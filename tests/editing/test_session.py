@@ -14,7 +14,7 @@ from kedit_jax.delta import Dense, EditDelta, LowRank, apply_edits
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, equivalence_error, relative_error, start_session
-from kedit_jax.editing.settings import EDITORS, PUBLISHED, EditSettings
+from kedit_jax.editing.settings import PUBLISHED, EditSettings
 from kedit_jax.editing.tokens import lay_out
 from kedit_jax.editing.values import ValueSettings
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError, SolverError
@@ -29,7 +29,7 @@ def bits(tree: Any) -> list[bytes]:
 
 def numbers(session: EditSession) -> list[bytes]:
     """Every number of a session, as bytes."""
-    histories = [(h.constraints, h.update, h.state) for h in session.layers.values()]
+    histories = [(h.constraints, h.sequence) for h in session.layers.values()]
     return bits((session.base, session.model, histories, session.delta, session.reports))
 
 
@@ -59,7 +59,9 @@ def test_all_batches_share_one_layout(fresh: EditSession, batches: Batches) -> N
 
 
 def test_the_sequence_equals_the_one_time_edit(history: list[EditSession]) -> None:
-    assert isinstance(history[-1].layers[0].state, solve.DualState), "the small float64 model covers the primal form"
+    assert isinstance(history[-1].layers[0].sequence.solver, solve.DualState), (
+        "the small float64 model covers the primal form"
+    )
     assert equivalence_error(history[-1]) < 1e-10
     assert equivalence_error(history[-1], "float32") < 1e-5
     assert equivalence_error(history[0]) == 0
@@ -368,7 +370,7 @@ def test_settings_survive_storing(name: str) -> None:
     import json
 
     settings = PUBLISHED[name]
-    assert settings.editor in EDITORS
+    assert settings.editor in solve.EDITORS
     assert EditSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 

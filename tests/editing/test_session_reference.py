@@ -26,6 +26,7 @@ SETTINGS = EditSettings(
     noise=0.5,
     values=ValueSettings(steps=7, learning_rate=0.5, clamp=0.4, kl_factor=1.5, decay=2.0),
     prefixes=0,
+    conflicts="keep",
     micro_batch=2,  # of batches of three: the second micro-batch is padded
 )
 

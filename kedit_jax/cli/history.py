@@ -1,0 +1,103 @@
+"""The commands that look at a session's history or change it without optimising anything: log, retract, undo ..."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from kedit_jax.checkpoint import read_events, read_manifest, save_session
+from kedit_jax.cli import show
+from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, load_for, open_session
+from kedit_jax.editing import algebra
+from kedit_jax.editing.session import EditSession
+
+Ids = Annotated[list[str], typer.Argument(help="ids of facts; see `kedit log`")]
+
+
+def log(
+    session: Session,
+    every: Annotated[bool, typer.Option("--all", help="every fact of every step, not the first few")] = False,
+) -> None:
+    """Show what was written and taken back, step by step, the newest first."""
+    manifest = read_manifest(session)
+    events = read_events(manifest)
+    texts = {
+        fact["id"]: f"{fact['prompt'].replace('{}', fact['subject'])} -> {fact['target']}" for fact in manifest["facts"]
+    }
+    times = manifest.get("times", [""] * len(events))
+    for line in show.log(events, times, texts, limit=None if every else 4):
+        console.print(line, highlight=False, soft_wrap=True)
+    about, model = manifest["settings"], manifest["model"]
+    compacted = manifest.get("compacted", 0)
+    console.print(
+        f"{len(manifest['facts'])} facts stand{f', {compacted} of them compacted' if compacted else ''}, written by "
+        f"{about['editor']} ({about['history']}) into layers {', '.join(map(str, about['layers']))} of model "
+        f"{model['fingerprint'][:12]} ({model['family']}, {model['dtype']})",
+        highlight=False,
+    )
+
+
+def retract(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+    """Take facts back, as if they had never been edited."""
+    current, _ = _open(model, session, moments, dtype).retract(ids)
+    _store(current, session, f"took back {len(set(ids))}")
+
+
+def restore(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+    """Write facts once more that were taken back or replaced, from their recorded constraints."""
+    current, _ = _open(model, session, moments, dtype).restore(ids)
+    _store(current, session, f"restored {len(set(ids))}")
+
+
+def undo(model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+    """Take the last step back, whatever it was; again, the one before it."""
+    current, _ = algebra.undo(_open(model, session, moments, dtype))
+    number = current.events[-1].undoes
+    assert number is not None  # noqa: S101  an undo names what it undoes
+    _store(current, session, f"undid step {number} ({current.events[number - 1].kind})")
+
+
+def merge(
+    model: Model,
+    other: Annotated[
+        Path, typer.Argument(help="folder of the session to merge into this one; its facts count as the later")
+    ],
+    session: Session,
+    conflicts: Conflicts = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="put before the other's ids where both use one for different facts")
+    ] = None,
+    moments: MomentsDir = None,
+    dtype: Dtype = None,
+) -> None:
+    """Merge another session of the same model: the one-time edit of the facts of both."""
+    first = _open(model, session, moments, dtype)
+    second = open_session(other, first.base, first.tokenizer, moments)
+    current, _ = algebra.merge(first, second, conflicts=conflicts, prefix=prefix)
+    _store(current, session, f"merged {len(current.events[-1].ids)} facts of {escape(str(other))}")
+
+
+def compact(
+    model: Model,
+    session: Session,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    moments: MomentsDir = None,
+    dtype: Dtype = None,
+) -> None:
+    """Shrink a session to memory that no longer grows with its facts; they can then not be taken back any more."""
+    current = _open(model, session, moments, dtype)
+    count = len(current.facts) - current.compacted
+    if not yes:
+        typer.confirm(f"{count} facts can then never be retracted, replaced or restored again. Go on?", abort=True)
+    _store(algebra.compact(current), session, f"compacted {count} facts, which can no longer be taken back")
+
+
+def _open(model: str, session: Path, moments: Path | None, dtype: str | None) -> EditSession:
+    decoder, tokenizer = load_for(session, model, dtype)
+    return open_session(session, decoder, tokenizer, moments)
+
+
+def _store(session: EditSession, folder: Path, what: str) -> None:
+    save_session(session, folder)
+    console.print(f"{what}; {show.summary(session)}", highlight=False)

@@ -1,0 +1,174 @@
+"""One edited kernel's share of a session: the constraints that stand, those taken back, and the update they amount to.
+
+Arrays and the solver alone, no model: a session does for every edited layer what the functions here do for one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from kedit_jax import solve
+from kedit_jax.delta import Dense, LowRank, Update
+from kedit_jax.editing.settings import Procedure
+from kedit_jax.errors import NonFiniteError
+from kedit_jax.solve import sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What an edited kernel is edited with, the same for the whole life of a session.
+
+    Attributes:
+        prior: of the layer's editor.
+        noise: 1 / weight of a fact of weight 1.
+        kernel: [k, v] the original one, float64.
+        procedure: how the sequence is run.
+    """
+
+    prior: solve.Prior
+    noise: float
+    kernel: Float[np.ndarray, "k v"]
+    procedure: Procedure
+
+
+@dataclass(frozen=True, eq=False)
+class Compacted:
+    """Facts that can no longer be told apart: their sufficient statistics, and the update as it was after them."""
+
+    statistics: solve.Statistics
+    update: Float[np.ndarray, "k v"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerHistory:
+    """One layer's constraints, a row a fact in the session's order, and the solver's state after them.
+
+    Keys are recorded as they were solved with. They equal those read again once the whole batch is written, which published
+    code records: a layer's keys depend on lower layers only, and those are edited first. Later batches move the lower
+    layers, and the keys of upper layers with them (`kedit_jax.editing.drift` measures how far); the session's claim is about
+    the recorded ones.
+
+    Attributes:
+        constraints: keys [m, k] as the model gave them, at least float32; residuals [m, v] against the original kernel and
+            noise [m], float64.
+        retired: the constraints of facts taken back, from which they can be restored.
+        sequence: the update as deployed, and what the solver keeps; always the fold of `extended` over the session's
+            batches, so that a reloaded or retracted session continues with the same numbers as one that got there directly.
+        base: what was compacted before the first of `constraints`.
+    """
+
+    constraints: solve.Constraints
+    retired: solve.Constraints
+    sequence: sequences.Sequence
+    base: Compacted | None = None
+
+    @property
+    def update(self) -> Float[np.ndarray, "k v"]:
+        """The sum of all steps."""
+        return np.asarray(self.sequence.update)
+
+
+def empty_history(site: Site, base: Compacted | None = None) -> LayerHistory:
+    """No constraints yet, beside those that were compacted."""
+    keys, values = site.kernel.shape
+    nothing = solve.Constraints(np.zeros((0, keys), np.float32), np.zeros((0, values)), np.zeros(0))
+    sequence = sequences.begin(site.prior, values, **site.procedure._asdict())
+    if base is not None:
+        solver, status = solve.from_statistics(site.prior, base.statistics)
+        solve.check(status)
+        sequence = sequences.Sequence(update=base.update, solver=solver)
+    return LayerHistory(nothing, nothing, sequence, base)
+
+
+def extended(
+    history: LayerHistory, site: Site, block: solve.Constraints, dtype: str = "float64"
+) -> tuple[LayerHistory, Update]:
+    """The history with a batch written, and the step that takes the kernel there.
+
+    Args:
+        block: residuals against the ORIGINAL kernel.
+        dtype: each step is rounded to it.
+
+    Raises:
+        SolverError: the step cannot be solved.
+        NonFiniteError: the update is not finite.
+    """
+    mode, post, _ = site.procedure
+    step: Update
+    if history.sequence.solver is not None and post is None:
+        solver, found = solve.sequential(history.sequence.solver, site.prior, block, dtype=dtype)
+        step = LowRank(np.asarray(found.left), np.asarray(found.right))
+        sequence = sequences.Sequence(update=history.update + step.dense(), solver=solver)
+    else:
+        ready = sequences.make_room(history.sequence, site.prior, block)
+        sequence, moved = sequences.advance(ready, site.prior, block, site.kernel, dtype=dtype, **site.procedure._asdict())
+        sequences.check_advance(moved, post)
+        step = Dense(np.asarray(moved.update))
+        sequence = dataclasses.replace(sequence, update=np.asarray(sequence.update))
+    if not np.isfinite(sequence.update).all():
+        raise NonFiniteError("the update is not finite; raise the ridge or the noise, or drop facts")
+    held = [history.constraints, block] if mode in ("aligned", "unaligned") else [block]
+    return dataclasses.replace(history, constraints=solve.concatenate(held), sequence=sequence), step
+
+
+def replayed(
+    site: Site, constraints: solve.Constraints, sizes: Sequence[int], base: Compacted | None = None, dtype: str = "float64"
+) -> LayerHistory:
+    """The history that writing these constraints in batches of these sizes gives, and nothing else but the base before."""
+    history = empty_history(site, base)
+    if base is None:
+        history = dataclasses.replace(history, sequence=_in_dtype(history.sequence, dtype))
+    begin = 0
+    for size in sizes:
+        if size:
+            history, _ = extended(history, site, solve.take(constraints, np.arange(begin, begin + size)), dtype)
+        begin += size
+    return history
+
+
+def restored(
+    site: Site,
+    constraints: solve.Constraints,
+    retired: solve.Constraints,
+    sizes: Sequence[int],
+    update: Float[np.ndarray, "k v"],
+    base: Compacted | None = None,
+) -> LayerHistory:
+    """The history that these parts, as a checkpoint keeps them, were taken from; the solver's state is built anew."""
+    if site.procedure.mode == "aligned":
+        sequence = replayed(site, constraints, sizes, base).sequence
+    else:
+        sequence = empty_history(site).sequence
+    return LayerHistory(constraints, retired, dataclasses.replace(sequence, update=update), base)
+
+
+def one_time(history: LayerHistory, site: Site, dtype: str = "float64") -> Float[np.ndarray, "k v"]:
+    """The one-time edit of everything the history holds, computed anew."""
+    if history.base is None:
+        solution = solve.one_time(site.prior, history.constraints, dtype=dtype)
+    else:
+        held = history.base.statistics
+        if history.constraints.size:
+            held = solve.add(held, solve.statistics(site.prior, history.constraints))
+        solution = solve.solve_statistics(site.prior, held, dtype=dtype)
+    solve.check(solution.status)
+    return np.asarray(solution.update)
+
+
+def compacted(history: LayerHistory, site: Site) -> LayerHistory:
+    """The same update in memory that no longer grows with the number of facts; single ones cannot be told apart any more.
+
+    Raises:
+        SolverError: equality constraints (noise 0), which have no finite statistics.
+    """
+    held = solve.nothing(site.prior, site.kernel.shape[1]) if history.base is None else history.base.statistics
+    if history.constraints.size:
+        held = solve.add(held, solve.statistics(site.prior, history.constraints))
+    return empty_history(site, Compacted(held, history.update))
+
+
+def _in_dtype(sequence: sequences.Sequence, dtype: str) -> sequences.Sequence:
+    return dataclasses.replace(sequence, update=np.asarray(sequence.update).astype(dtype))
