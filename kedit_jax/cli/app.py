@@ -17,9 +17,10 @@ from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, c
 from kedit_jax.cli.demo import demo
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, moments_path
+from kedit_jax.editing.presets import PRESETS, check_preset, derive_settings, read_settings
 from kedit_jax.editing.requests import EditRequest, read_requests
 from kedit_jax.editing.session import EditSession, start_session
-from kedit_jax.editing.settings import PUBLISHED, USES, EditSettings
+from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import UNEDITED, evaluate, prepare, prepare_texts, read_records, table
 from kedit_jax.models import Decoder, load
@@ -63,10 +64,8 @@ def edit(
     requests: Annotated[Path, typer.Argument(help="JSONL: prompt (with one {}), subject, target; at will id, relation")],
     session: Session,
     corpus: Corpus = None,
-    settings: Annotated[
-        Path | None, typer.Option(help="JSON file of settings; without it, see --preset and --layers")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"published settings: {', '.join(PUBLISHED)}")] = None,
+    settings: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings, ours or EasyEdit's")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"published settings: {', '.join(PRESETS)}")] = None,
     editor: Annotated[str | None, typer.Option(help=f"one of {', '.join(USES)}")] = None,
     layers: Layers = None,
     moment_weight: Annotated[float | None, typer.Option(help="lambda, the weight of the second moments")] = None,
@@ -105,6 +104,13 @@ def edit(
         if corpus is None:
             raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
         decoder, tokenizer = load(model, dtype=dtype)
+        if preset is not None and settings is None:
+            check_preset(preset, decoder.config)
+        if chosen is None:
+            chosen = _with_options(derive_settings(decoder.config), options)
+            console.print(
+                f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
+            )
         found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
         current = start_session(decoder, tokenizer, found, chosen)
     new = _not_yet_written(current, wanted)
@@ -170,25 +176,29 @@ def _compute(
         return compute_moments(model, tokenizer, lines(corpus), layers, max_tokens=max_tokens, cache=folder, progress=move)
 
 
-def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) -> EditSettings:
-    """Settings of a new session: from a file, a preset, or the layers alone; the options override."""
-    if preset is not None and preset not in PUBLISHED:
-        raise KeditError(f"there is no preset {preset!r}; there are {', '.join(PUBLISHED)}")
+def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) -> EditSettings | None:
+    """Settings of a new session: from a file, a preset, or the layers alone, overridden by the options; None for none."""
+    if preset is not None and preset not in PRESETS:
+        raise KeditError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     if file is not None:
-        try:
-            chosen = EditSettings.from_dict(json.loads("\n".join(lines(file))))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise KeditError(f"{str(file)!r} is no JSON file of settings: {error}") from error
-    elif preset is not None:
-        chosen = PUBLISHED[preset]
-    elif options["layers"]:
-        chosen = EditSettings(options["layers"])
-    else:
-        raise KeditError("which layers? give --layers, --preset, or a --settings file")
+        read = read_settings(file)
+        if read.unused:
+            console.print(
+                f"not used of {escape(str(file))}: {escape(', '.join(f'{k}={v}' for k, v in read.unused.items()))}"
+            )
+        return _with_options(read.settings, options)
+    if preset is not None:
+        return _with_options(PRESETS[preset].settings, options)
+    return _with_options(EditSettings(options["layers"]), options) if options["layers"] else None
+
+
+def _with_options(settings: EditSettings, options: dict[str, Any]) -> EditSettings:
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = replace(chosen, **given)
-    _check_used(chosen, given)
-    return chosen
+    if "null_threshold" in given:
+        given |= {"null_relative": None, "null_rank": None}
+    settings = replace(settings, **given)
+    _check_used(settings, given)
+    return settings
 
 
 def _check_used(settings: EditSettings, given: Iterable[str]) -> None:
@@ -204,7 +214,7 @@ def _check_same_settings(session: Path, file: Path | None, preset: str | None, o
     """A session's settings are part of its history: options that ask for others are refused, the same ones are fine."""
     stored = EditSettings.from_dict(read_manifest(session)["settings"])
     asked = {name: value for name, value in options.items() if value is not None}
-    base = stored if file is None and preset is None else _settings(file, preset, options)
+    base = (None if file is None and preset is None else _settings(file, preset, options)) or stored
     wanted = replace(base, **asked).to_dict() | {"layers": tuple(sorted(asked.get("layers", base.layers)))}
     differing = [name for name, value in wanted.items() if value != stored.to_dict()[name]]
     if differing:

@@ -164,16 +164,3 @@ USES: Mapping[str, Mapping[str, str]] = {
     "ridge": {"rho": "ridge"},
 }
 """Editor -> its own name of a number -> the setting that holds it. Other settings of a prior mean nothing to it."""
-
-_MEMIT_VALUES = ValueSettings(steps=25, learning_rate=0.5, clamp=0.75, kl_factor=0.0625, decay=0.5)
-
-# Hyperparameters published with MEMIT and AlphaEdit (arXiv 2210.07229, 2410.02355); moments over 100,000 Wikipedia texts.
-PUBLISHED: Mapping[str, EditSettings] = {
-    "gpt2-xl": EditSettings(
-        (13, 14, 15, 16, 17), moment_weight=20000.0, values=dataclasses.replace(_MEMIT_VALUES, steps=20)
-    ),
-    "gpt-j-6b": EditSettings((3, 4, 5, 6, 7, 8), values=_MEMIT_VALUES),
-    "llama-3-8b": EditSettings((4, 5, 6, 7, 8), values=dataclasses.replace(_MEMIT_VALUES, learning_rate=0.1)),
-    "qwen2.5-7b": EditSettings((4, 5, 6, 7, 8), l2=1.0, values=dataclasses.replace(_MEMIT_VALUES, clamp=4.0, decay=0.001)),
-    "mistral-7b": EditSettings((4, 5, 6, 7, 8), values=dataclasses.replace(_MEMIT_VALUES, clamp=4.0, decay=0.001)),
-}

@@ -198,7 +198,10 @@ def test_stats_are_computed_once(home: Path, kedit: Kedit) -> None:
     [
         (["edit", "model", "none.jsonl", "--session", "x"], "cannot read requests from 'none.jsonl'"),
         (["edit", "nowhere/model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", *OPTIONS], "nowhere/model"),
-        (["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt"], "give --layers"),
+        (
+            ["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--preset", "gpt2-xl"],
+            "is for openai-community/gpt2-xl with 48 layers of key width 6400; this model has 4 of 32",
+        ),
         (["edit", "model", "facts.jsonl", "--session", "x", "--layers", "1"], "--corpus"),
         (["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--layers", "9"], "from 0 to 3"),
         (["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--layers", "a"], "no list of layers"),
@@ -254,6 +257,21 @@ def test_settings_of_a_session_cannot_change_midway(home: Path, kedit: Kedit) ->
     args = ["edit", "model", "facts.jsonl", "--session", "s3"]
     assert "begun with other editor, ridge" in kedit(*args, "--editor", "ridge", "--ridge", "1", status=1)
     assert "3 of 3 facts are in the session already" in kedit(*args, "--layers", "2,1")
+
+
+def test_settings_from_the_depth_of_the_model(home: Path, kedit: Kedit) -> None:
+    said = kedit("edit", "model", "facts.jsonl", "--session", "s8", "--corpus", "corpus.txt", "--moment-weight", "10")
+    assert "no settings published or given: layers 1, from the model's depth" in said
+    assert read_manifest(home / "s8")["settings"]["layers"] == [1]
+
+
+def test_settings_of_easyedit(home: Path, kedit: Kedit) -> None:
+    text = "alg_name: MEMIT\nlayers: [1]\nv_lr: 1e-1\nv_num_grad_steps: 3\nmom2_update_weight: 10\ndevice: 0\n"
+    (home / "memit.yaml").write_text(text)
+    options = ["--session", "s9", "--corpus", "corpus.txt", "--settings", "memit.yaml", "--ridge", "0.5"]
+    assert "not used of memit.yaml: device=0" in kedit("edit", "model", "facts.jsonl", *options)
+    stored = read_manifest(home / "s9")["settings"]
+    assert (stored["moment_weight"], stored["values"]["learning_rate"], stored["ridge"]) == (10.0, 0.1, 0.5)
 
 
 def test_settings_from_a_file(home: Path, kedit: Kedit) -> None:

@@ -12,9 +12,10 @@ import pytest
 from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, LowRank, apply_edits
 from kedit_jax.editing.moments import Moments
+from kedit_jax.editing.presets import PUBLISHED
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, equivalence_error, relative_error, start_session
-from kedit_jax.editing.settings import PUBLISHED, EditSettings
+from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import lay_out
 from kedit_jax.editing.values import ValueSettings
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError, SolverError

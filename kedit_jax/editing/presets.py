@@ -1,0 +1,216 @@
+"""Where settings come from: published for a checkpoint, derived for others, or read from a file.
+
+Files are YAML or JSON, in this package's own names (those of `EditSettings`) or in EasyEdit's, recognised by `alg_name`;
+what a file of EasyEdit says that has no counterpart here is listed, never silently dropped.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kedit_jax.editing.settings import EditSettings
+from kedit_jax.editing.values import ValueSettings
+from kedit_jax.errors import KeditError
+from kedit_jax.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Hyperparameters published for one checkpoint.
+
+    Attributes:
+        settings: for MEMIT; the numbers of AlphaEdit beside them hold once `editor` says so.
+        checkpoint: where its weights are found on the Hugging Face hub.
+        n_layers, d_ff: the checkpoint's shape, so that a preset is not used on another model unnoticed.
+        source: who published them. Moments were taken over 100,000 Wikipedia texts throughout.
+    """
+
+    settings: EditSettings
+    checkpoint: str
+    n_layers: int
+    d_ff: int
+    source: str
+
+
+_MEMIT, _ALPHAEDIT = "MEMIT (arXiv 2210.07229)", "AlphaEdit (arXiv 2410.02355)"
+_EASYEDIT = "EasyEdit (arXiv 2308.07269), hparams/MEMIT"
+_VALUES = ValueSettings(steps=25, learning_rate=0.5, clamp=0.75, kl_factor=0.0625, decay=0.5)
+_NULL = 0.02
+
+PRESETS: Mapping[str, Preset] = {
+    "gpt2-xl": Preset(
+        EditSettings(
+            (13, 14, 15, 16, 17), moment_weight=20000.0, null_threshold=_NULL, values=dataclasses.replace(_VALUES, steps=20)
+        ),
+        "openai-community/gpt2-xl",
+        48,
+        6400,
+        f"{_MEMIT}, {_ALPHAEDIT}",
+    ),
+    "gpt-j-6b": Preset(
+        EditSettings((3, 4, 5, 6, 7, 8), null_threshold=_NULL, values=_VALUES),
+        "EleutherAI/gpt-j-6b",
+        28,
+        16384,
+        f"{_MEMIT}, {_ALPHAEDIT}",
+    ),
+    "llama-3-8b": Preset(
+        EditSettings((4, 5, 6, 7, 8), null_threshold=_NULL, values=dataclasses.replace(_VALUES, learning_rate=0.1)),
+        "meta-llama/Meta-Llama-3-8B",
+        32,
+        14336,
+        _ALPHAEDIT,
+    ),
+    "qwen2.5-7b": Preset(
+        EditSettings(
+            (4, 5, 6, 7, 8), null_threshold=_NULL, l2=1.0, values=dataclasses.replace(_VALUES, clamp=4.0, decay=0.001)
+        ),
+        "Qwen/Qwen2.5-7B",
+        28,
+        18944,
+        f"{_EASYEDIT} and hparams/AlphaEdit",
+    ),
+    "mistral-7b": Preset(
+        EditSettings((4, 5, 6, 7, 8), values=dataclasses.replace(_VALUES, clamp=4.0, decay=0.001)),
+        "mistralai/Mistral-7B-v0.1",
+        32,
+        14336,
+        _EASYEDIT,
+    ),
+}
+
+PUBLISHED: Mapping[str, EditSettings] = {name: preset.settings for name, preset in PRESETS.items()}
+
+
+def check_preset(name: str, config: ModelConfig) -> None:
+    """Raise a KeditError where a preset is meant for a model of another shape."""
+    preset = PRESETS[name]
+    found, wanted = (config.n_layers, config.d_ff), (preset.n_layers, preset.d_ff)
+    if found != wanted:
+        raise KeditError(
+            f"preset {name!r} is for {preset.checkpoint} with {wanted[0]} layers of key width {wanted[1]}; this model has "
+            f"{found[0]} of {found[1]}: leave the preset out to derive settings, or name layers"
+        )
+
+
+def derive_settings(config: ModelConfig) -> EditSettings:
+    """Settings for a model that nobody has published any for, from its shape alone; a start, not a tuned choice.
+
+    Published layers end between 0.25 and 0.35 of the depth and are five in most cases, so the layers here are the (at most)
+    five up to 0.28 of it. The null space of AlphaEdit is relative to the largest eigenvalue, as an absolute threshold
+    depends on the scale of a model's activations. All else is as published for GPT-J.
+    """
+    top = max(0, min(config.n_layers - 1, round(0.28 * config.n_layers)))
+    count = max(1, min(5, config.n_layers // 4))
+    return EditSettings(tuple(range(max(0, top - count + 1), top + 1)), null_relative=1e-3, values=_VALUES)
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """What a file says.
+
+    Attributes:
+        settings: in this package's terms.
+        unused: names and values in the file that mean nothing here.
+    """
+
+    settings: EditSettings
+    unused: Mapping[str, Any]
+
+
+def read_settings(path: str | Path) -> ReadSettings:
+    """Settings from a YAML or JSON file, in our names or EasyEdit's (ROME, MEMIT, EMMET, AlphaEdit).
+
+    Raises:
+        KeditError: a file that cannot be read, or settings that cannot be used: all problems at once.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        stored = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise KeditError(f"{str(path)!r} is no YAML or JSON file of settings: {error}") from error
+    if not isinstance(stored, dict):
+        raise KeditError(f"{str(path)!r} holds {type(stored).__name__}, not names and values of settings")
+    stored = {str(name): _number(value) for name, value in stored.items()}
+    try:
+        return _from_easyedit(stored) if "alg_name" in stored else ReadSettings(EditSettings.from_dict(_plain(stored)), {})
+    except KeditError as error:
+        raise KeditError(f"{str(path)!r}: {error}") from error
+    except TypeError as error:
+        raise KeditError(f"{str(path)!r}: a setting has the wrong type: {error}") from error
+
+
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 5e-1, without a point, as text; nobody means that."""
+    if isinstance(value, dict):
+        return {name: _number(inner) for name, inner in value.items()}
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def _plain(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole numbers where a float is meant, as files write them."""
+    floats = {field.name for field in dataclasses.fields(EditSettings) if field.type in (float, float | None)}
+    inner = {field.name for field in dataclasses.fields(ValueSettings) if field.type is float}
+    plain = {name: _as_float(value) if name in floats else value for name, value in stored.items()}
+    if isinstance(plain.get("values"), dict):
+        plain["values"] = {name: _as_float(value) if name in inner else value for name, value in plain["values"].items()}
+    return plain
+
+
+def _as_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_VALUE_NAMES = {
+    "v_num_grad_steps": "steps",
+    "v_lr": "learning_rate",
+    "clamp_norm_factor": "clamp",
+    "kl_factor": "kl_factor",
+    "v_weight_decay": "decay",
+}
+_PRIOR_NAMES: Mapping[str, Mapping[str, str]] = {
+    "ROME": {},
+    "MEMIT": {"mom2_update_weight": "moment_weight"},
+    "EMMET": {"mom2_update_weight": "moment_weight", "update_norm_lambda": "ridge", "emmet_lambda": "noise"},
+    "AlphaEdit": {"nullspace_threshold": "null_threshold", "L2": "l2"},
+}
+_FIXED = {"layer_selection": "all", "fact_token": "subject_last"}
+"""What this package does in one way only; a file that asks for another is refused."""
+
+
+def _from_easyedit(stored: Mapping[str, Any]) -> ReadSettings:
+    """Settings from EasyEdit's names. Source: the hparams folder of github.com/zjunlp/EasyEdit."""
+    algorithm = stored["alg_name"]
+    problems = []
+    if algorithm not in _PRIOR_NAMES:
+        problems.append(f"alg_name {algorithm!r} is not one of {', '.join(_PRIOR_NAMES)}")
+    if "layers" not in stored:
+        problems.append("layers are missing")
+    problems += [
+        f"{name} {stored[name]!r} is not supported, only {only!r}"
+        for name, only in _FIXED.items()
+        if name in stored and stored[name] != only
+    ]
+    if problems:
+        raise KeditError.listing("settings of EasyEdit that cannot be used:", problems)
+    own = _PRIOR_NAMES[algorithm]
+    settings = {"editor": algorithm.lower(), "layers": tuple(stored["layers"])}
+    settings |= {ours: _as_float(stored[theirs]) for theirs, ours in own.items() if theirs in stored}
+    values = {ours: stored[theirs] for theirs, ours in _VALUE_NAMES.items() if theirs in stored}
+    settings["values"] = {name: value if name == "steps" else _as_float(value) for name, value in values.items()}
+    used = {"alg_name", "layers", *own, *_VALUE_NAMES, *_FIXED}
+    if algorithm == "ROME":
+        used.add("mom2_adjustment")
+        if stored.get("mom2_adjustment") is False:  # equality constraints under the identity instead of C0
+            settings |= {"editor": "ridge", "ridge": 1.0, "noise": 0.0}
+    unused = {name: value for name, value in stored.items() if name not in used}
+    return ReadSettings(EditSettings.from_dict(settings), unused)
