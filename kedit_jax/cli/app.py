@@ -15,6 +15,7 @@ from kedit_jax.checkpoint import has_session, read_manifest, save_session
 from kedit_jax.cli import history, show
 from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, lines, load_for, open_session
 from kedit_jax.cli.demo import demo
+from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, moments_path
 from kedit_jax.editing.presets import PRESETS, check_preset, derive_settings, read_settings
@@ -36,7 +37,8 @@ Corpus = Annotated[Path | None, typer.Option(help="text such as the model was tr
 Layers = Annotated[str | None, typer.Option(help="layers to edit, as 3,4,5; 0 is the first")]
 MaxTokens = Annotated[int | None, typer.Option(help="of the corpus; about 10 x the key width is enough", min=1)]
 
-for command in (demo, verify, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
+COMMANDS = (demo, verify, inspect, doctor)
+for command in (*COMMANDS, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
     app.command()(command)
 
 

@@ -27,12 +27,13 @@ class Preset:
     Attributes:
         settings: for MEMIT; the numbers of AlphaEdit beside them hold once `editor` says so.
         checkpoint: where its weights are found on the Hugging Face hub.
-        n_layers, d_ff: the checkpoint's shape, so that a preset is not used on another model unnoticed.
+        family, n_layers, d_ff: the checkpoint's shape, so that a preset is not used on another model unnoticed.
         source: who published them. Moments were taken over 100,000 Wikipedia texts throughout.
     """
 
     settings: EditSettings
     checkpoint: str
+    family: str
     n_layers: int
     d_ff: int
     source: str
@@ -49,6 +50,7 @@ PRESETS: Mapping[str, Preset] = {
             (13, 14, 15, 16, 17), moment_weight=20000.0, null_threshold=_NULL, values=dataclasses.replace(_VALUES, steps=20)
         ),
         "openai-community/gpt2-xl",
+        "gpt2",
         48,
         6400,
         f"{_MEMIT}, {_ALPHAEDIT}",
@@ -56,6 +58,7 @@ PRESETS: Mapping[str, Preset] = {
     "gpt-j-6b": Preset(
         EditSettings((3, 4, 5, 6, 7, 8), null_threshold=_NULL, values=_VALUES),
         "EleutherAI/gpt-j-6b",
+        "gptj",
         28,
         16384,
         f"{_MEMIT}, {_ALPHAEDIT}",
@@ -63,6 +66,7 @@ PRESETS: Mapping[str, Preset] = {
     "llama-3-8b": Preset(
         EditSettings((4, 5, 6, 7, 8), null_threshold=_NULL, values=dataclasses.replace(_VALUES, learning_rate=0.1)),
         "meta-llama/Meta-Llama-3-8B",
+        "llama",
         32,
         14336,
         _ALPHAEDIT,
@@ -72,6 +76,7 @@ PRESETS: Mapping[str, Preset] = {
             (4, 5, 6, 7, 8), null_threshold=_NULL, l2=1.0, values=dataclasses.replace(_VALUES, clamp=4.0, decay=0.001)
         ),
         "Qwen/Qwen2.5-7B",
+        "qwen2",
         28,
         18944,
         f"{_EASYEDIT} and hparams/AlphaEdit",
@@ -79,6 +84,7 @@ PRESETS: Mapping[str, Preset] = {
     "mistral-7b": Preset(
         EditSettings((4, 5, 6, 7, 8), values=dataclasses.replace(_VALUES, clamp=4.0, decay=0.001)),
         "mistralai/Mistral-7B-v0.1",
+        "mistral",
         32,
         14336,
         _EASYEDIT,
@@ -91,11 +97,11 @@ PUBLISHED: Mapping[str, EditSettings] = {name: preset.settings for name, preset 
 def check_preset(name: str, config: ModelConfig) -> None:
     """Raise a KeditError where a preset is meant for a model of another shape."""
     preset = PRESETS[name]
-    found, wanted = (config.n_layers, config.d_ff), (preset.n_layers, preset.d_ff)
+    found, wanted = (config.n_layers, config.d_ff, config.family), (preset.n_layers, preset.d_ff, preset.family)
     if found != wanted:
         raise KeditError(
-            f"preset {name!r} is for {preset.checkpoint} with {wanted[0]} layers of key width {wanted[1]}; this model has "
-            f"{found[0]} of {found[1]}: leave the preset out to derive settings, or name layers"
+            f"preset {name!r} is for {preset.checkpoint} ({wanted[2]}, {wanted[0]} layers of key width {wanted[1]}); this "
+            f"model is {found[2]} with {found[0]} of {found[1]}: leave the preset out to derive settings, or name layers"
         )
 
 

@@ -200,7 +200,7 @@ def test_stats_are_computed_once(home: Path, kedit: Kedit) -> None:
         (["edit", "nowhere/model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", *OPTIONS], "nowhere/model"),
         (
             ["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--preset", "gpt2-xl"],
-            "is for openai-community/gpt2-xl with 48 layers of key width 6400; this model has 4 of 32",
+            "is for openai-community/gpt2-xl (gpt2, 48 layers of key width 6400); this model is gpt2 with 4 of 32",
         ),
         (["edit", "model", "facts.jsonl", "--session", "x", "--layers", "1"], "--corpus"),
         (["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--layers", "9"], "from 0 to 3"),

@@ -67,7 +67,7 @@ def test_the_published_table() -> None:
 
 def test_a_preset_is_for_its_checkpoint() -> None:
     check_preset("gpt2-xl", config(48, 6400))
-    with pytest.raises(KeditError, match="48 layers of key width 6400; this model has 12 of 3072"):
+    with pytest.raises(KeditError, match=r"48 layers of key width 6400.*; this model is gpt2 with 12 of 3072"):
         check_preset("gpt2-xl", config(12, 3072))
 
 
