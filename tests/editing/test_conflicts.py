@@ -55,6 +55,15 @@ class TestFinding:
             assert [c.old.id for c in conflicts] == expected
             assert all(c.cosine == pytest.approx(0.8 if c.old.id == "alice" else 0.6) for c in conflicts)
 
+    def test_close_keys_inside_a_batch(self) -> None:
+        batch = np.array([[1.0, 0.0], [0.0, 1.0], [0.99, 0.1]])
+        carol = dataclasses.replace(BOB, subject="Carol White", target="Oslo", id="carol")
+        nothing = np.zeros((0, 2))
+        conflicts = find_conflicts([ALICE, OTHER, carol], [], similarity=0.9, batch_keys=batch, held_keys=nothing)
+        assert [(c.new.id, c.old.id, c.in_batch) for c in conflicts] == [("carol", "alice", True)]
+        same = dataclasses.replace(carol, target=ALICE.target)
+        assert find_conflicts([ALICE, OTHER, same], [], similarity=0.9, batch_keys=batch, held_keys=nothing) == []
+
     def test_a_threshold_without_keys_is_refused(self) -> None:
         with pytest.raises(RequestError, match="needs the keys"):
             find_conflicts([BOB], [ALICE], similarity=0.9)
