@@ -122,7 +122,7 @@ def run(*command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
 def test_ruff_has_nothing_to_say(command: tuple[str, ...]) -> None:
-    places = [name for name in (PACKAGE, "tests", "experiments") if (ROOT / name).is_dir()]
+    places = [name for name in (PACKAGE, "tests", "experiments", "notebooks") if (ROOT / name).is_dir()]
     done = run("-m", "ruff", *command, *places)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""The command line: `kedit demo | stats | edit | log | retract | eval`."""
+"""The command line; `kedit --help` lists its commands."""
 
 from kedit_jax.cli.app import main
 

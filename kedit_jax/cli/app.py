@@ -1,8 +1,10 @@
 """The commands. Each reads files, calls the library, shows what came out; errors of the user are one clear message."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,16 +12,28 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from threadpoolctl import threadpool_limits
 
 from kedit_jax.checkpoint import has_session, read_manifest, save_session
 from kedit_jax.cli import history, show
-from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, lines, load_for, open_session
+from kedit_jax.cli.common import (
+    Conflicts,
+    Dtype,
+    Model,
+    MomentsDir,
+    Session,
+    console,
+    lines,
+    load_for,
+    open_session,
+    read_facts,
+)
 from kedit_jax.cli.demo import demo
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, moments_path
 from kedit_jax.editing.presets import PRESETS, check_preset, derive_settings, read_settings
-from kedit_jax.editing.requests import EditRequest, read_requests
+from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, start_session
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
@@ -31,6 +45,7 @@ from kedit_jax.solve.sequences import MODES
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit facts in language models."
 )
+FEW_CORES = 4
 INTERRUPTED = 130  # the exit status that typer gives to an interrupt from the keyboard
 
 Corpus = Annotated[Path | None, typer.Option(help="text such as the model was trained on, a document a line")]
@@ -63,8 +78,9 @@ def stats(
 @app.command()
 def edit(
     model: Model,
-    requests: Annotated[Path, typer.Argument(help="JSONL: prompt (with one {}), subject, target; at will id, relation")],
+    facts: Annotated[str, typer.Argument(help="JSONL of prompt (with one {}), subject, target; or a data set, CSV, TSV")],
     session: Session,
+    columns: Annotated[str | None, typer.Option(help="of a table: prompt=Sentence,target=Correct,subject=Name")] = None,
     corpus: Corpus = None,
     settings: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings, ours or EasyEdit's")] = None,
     preset: Annotated[str | None, typer.Option(help=f"published settings: {', '.join(PRESETS)}")] = None,
@@ -92,7 +108,7 @@ def edit(
 
     Run the same command again to go on: facts that the session holds already are skipped.
     """
-    wanted = read_requests(requests)
+    wanted = read_facts(facts, columns)
     options = {"editor": editor, "layers": layers and _layers(layers), "moment_weight": moment_weight, "ridge": ridge}
     options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
     options |= {"history": mode, "post": post, "compensate": compensate}
@@ -126,18 +142,19 @@ def edit(
 @app.command("eval")
 def evaluate_command(
     model: Model,
-    records: Annotated[Path, typer.Argument(help="CounterFact records, JSON or JSONL")],
+    records: Annotated[str, typer.Argument(help="CounterFact, zsRE, MQuAKE ... recognised by content; a path or hf://...")],
     session: Annotated[Path | None, typer.Option(help="a session to evaluate beside the unedited model")] = None,
     heldout: Annotated[Path | None, typer.Option(help="text for the perplexity, a document a line")] = None,
     moments: MomentsDir = None,
     dtype: Dtype = None,
+    sha256: Annotated[str | None, typer.Option(help="checksum of the records; needed for hf://...")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here, too")] = None,
 ) -> None:
     """Efficacy, generalization, specificity and more of the unedited model and of a session's."""
     if json_file is not None:
         show.check_writable(json_file)
     decoder, tokenizer = load(model, dtype=dtype) if session is None else load_for(session, model, dtype)
-    prepared = prepare(read_records(records), tokenizer)
+    prepared = prepare(read_records(records, sha256=sha256), tokenizer)
     texts = None
     if heldout is not None:
         texts = prepare_texts(lines(heldout), tokenizer, max_length=decoder.config.max_positions)
@@ -154,7 +171,8 @@ def evaluate_command(
 def main() -> None:
     """Run the command line; what the user got wrong is one message and exit status 1, not a traceback."""
     try:
-        app()
+        with _few_blas_threads():
+            app()
     except KeditError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(1)
@@ -162,6 +180,13 @@ def main() -> None:
         if ended.code == INTERRUPTED:
             Console(stderr=True).print("interrupted; what was saved is intact, run the same command again to go on")
         raise
+
+
+def _few_blas_threads() -> AbstractContextManager[object]:
+    """On few cores one BLAS thread, unless the user has chosen: more spin beside XLA's and triple the solver's time."""
+    if (os.cpu_count() or 1) > FEW_CORES or "OPENBLAS_NUM_THREADS" in os.environ:
+        return nullcontext()
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 def _layers(text: str) -> tuple[int, ...]:

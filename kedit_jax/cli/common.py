@@ -8,8 +8,10 @@ from rich.console import Console
 
 from kedit_jax.checkpoint import load_session, read_manifest
 from kedit_jax.editing.moments import moments_path, read_moments
+from kedit_jax.editing.requests import EditRequest, read_requests
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
+from kedit_jax.evaluation import is_request_file, read_records
 from kedit_jax.models import Decoder, load
 
 console = Console()
@@ -30,6 +32,18 @@ def lines(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise KeditError(f"cannot read {str(path)!r}: {error}") from error
+
+
+def read_facts(source: str, columns: str | None = None) -> list[EditRequest]:
+    """Facts to edit: our own JSONL, or any data set that `kedit_jax.evaluation.read_records` knows, a table among them."""
+    if columns is not None:
+        pairs = [part.partition("=") for part in columns.split(",")]
+        if not all(field and column for field, _, column in pairs):
+            raise KeditError(f"columns {columns!r} must be given as field=column, as prompt=Sentence,target=Correct")
+        return [record.request() for record in read_records(source, columns={field: column for field, _, column in pairs})]
+    if is_request_file(source):  # it leaves out ids at will, which a session then gives
+        return read_requests(source)
+    return [record.request() for record in read_records(source)]
 
 
 def load_for(session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:

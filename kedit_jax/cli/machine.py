@@ -118,7 +118,9 @@ def _findings() -> Iterator[Finding]:
         )
     cores = os.cpu_count() or 1
     if cores <= 4 and os.environ.get("OPENBLAS_NUM_THREADS") != "1":
-        yield Finding(None, f"{cores} cores and OPENBLAS_NUM_THREADS is not 1: set it, or BLAS threads spin beside XLA's")
+        yield Finding(
+            None, f"{cores} cores: scripts of your own run faster with OPENBLAS_NUM_THREADS=1, as `kedit` itself does"
+        )
 
 
 def _precision() -> Iterator[Finding]:

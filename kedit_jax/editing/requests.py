@@ -1,7 +1,7 @@
 """Edit requests: what a user wants a model to say, checked before any model runs."""
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -66,7 +66,7 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
             if name in REQUIRED:
                 problems.append(f"{name!r} is missing")
         elif name == "weight":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
                 problems.append(f"weight {value!r} must be a number > 0; leave a fact out to give it no weight")
         elif not isinstance(value, str):
             problems.append(f"{name!r} must be text, not {value!r}")

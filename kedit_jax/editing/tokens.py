@@ -94,7 +94,8 @@ def _locate(passage: Passage, offsets: Sequence[tuple[int, int]], special: Seque
         (i for i, ((_, end), mark) in enumerate(zip(offsets, special, strict=True)) if end > start and not mark),
         len(offsets),
     )
-    if passage.target is not None and n_prompt == len(offsets):
+    # The last token ends at the joining space where the tokenizer's normaliser removes the target itself.
+    if passage.target is not None and (n_prompt == len(offsets) or offsets[-1][1] <= start + 1):
         return f"target {passage.target!r} has no tokens after {passage.context!r}; use text the tokenizer knows"
     last_char = passage.subject_end - 1
     # the last match: one character of several bytes may be spread over several tokens with the same offsets

@@ -2,8 +2,17 @@
 
 from kedit_jax.evaluation.completions import Completion, compare_completions, complete
 from kedit_jax.evaluation.counterfact import Prepared, prepare, score_records
+from kedit_jax.evaluation.datasets import (
+    fetch,
+    is_request_file,
+    longest_shared_span,
+    parse_records,
+    place_subject,
+    read_records,
+    write_records,
+)
 from kedit_jax.evaluation.perplexity import PreparedTexts, perplexity, prepare_texts
-from kedit_jax.evaluation.records import Fact, Record, RecordError, parse_records, read_records
+from kedit_jax.evaluation.records import Fact, Record, RecordError
 from kedit_jax.evaluation.report import UNEDITED, Evaluation, evaluate, table
 from kedit_jax.evaluation.scoring import Pair, PairScores, PreparedPairs, prepare_pairs, score_pairs
 
@@ -22,8 +31,12 @@ __all__ = [
     "compare_completions",
     "complete",
     "evaluate",
+    "fetch",
+    "is_request_file",
+    "longest_shared_span",
     "parse_records",
     "perplexity",
+    "place_subject",
     "prepare",
     "prepare_pairs",
     "prepare_texts",
@@ -31,4 +44,5 @@ __all__ = [
     "score_pairs",
     "score_records",
     "table",
+    "write_records",
 ]

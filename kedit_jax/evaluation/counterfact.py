@@ -19,7 +19,7 @@ class PromptIndex:
 
     Attributes:
         record: position of the record that each prompt measures.
-        new, true: the pairs of the prompt with the new and with the true object.
+        new, true: the pairs of the prompt with the new and with the true object; -1 where the prompt has no such object.
     """
 
     record: Int[np.ndarray, "n"]
@@ -30,10 +30,10 @@ class PromptIndex:
         """The scores of these prompts."""
         return PromptScores(
             record=self.record,
-            nll_new=scores.nll[self.new],
-            nll_true=scores.nll[self.true],
-            correct_new=scores.correct[self.new],
-            correct_true=scores.correct[self.true],
+            nll_new=np.where(self.new < 0, np.nan, scores.nll[self.new]),
+            nll_true=np.where(self.true < 0, np.nan, scores.nll[self.true]),
+            correct_new=(self.new >= 0) & scores.correct[self.new],
+            correct_true=(self.true >= 0) & scores.correct[self.true],
         )
 
 
@@ -62,7 +62,9 @@ class Prepared:
 
 
 def prepare(records: Sequence[Record], tokenizer: Any, *, row_batch: int = 64) -> Prepared:
-    """Tokenise the prompts of the records, in order of editing, with both objects each.
+    """Tokenise the prompts of the records, in order of editing, with both objects each, as far as there are both.
+
+    A neighbourhood fact has no object but its own.
 
     Args:
         records: at least one.
@@ -80,15 +82,22 @@ def prepare(records: Sequence[Record], tokenizer: Any, *, row_batch: int = 64) -
     def pair(prompt: str, target: str) -> int:
         return number.setdefault(Pair(prompt, target), len(number))
 
-    def prompts(of: Iterable[tuple[int, Record, str]]) -> PromptIndex:
-        rows = [(i, pair(prompt, record.target_new), pair(prompt, record.target_true)) for i, record, prompt in of]
+    def prompts(of: Iterable[tuple[int, str, str | None, str | None]]) -> PromptIndex:
+        rows = [(i, *(-1 if target is None else pair(prompt, target) for target in targets)) for i, prompt, *targets in of]
         record, new, true = np.array(rows, np.int64).reshape(-1, 3).T
         return PromptIndex(record, new, true)
 
+    def both(record: Record) -> tuple[str, str | None]:
+        return record.target_new, record.target_true
+
     numbered = list(enumerate(records))
-    rewrite = prompts((i, record, record.rewrite_prompt) for i, record in numbered)
-    paraphrase = prompts((i, record, prompt) for i, record in numbered for prompt in record.paraphrase_prompts)
-    neighborhood = prompts((i, record, prompt) for i, record in numbered for prompt in record.neighborhood_prompts)
+    rewrite = prompts((i, record.rewrite_prompt, *both(record)) for i, record in numbered)
+    paraphrase = prompts((i, prompt, *both(record)) for i, record in numbered for prompt in record.paraphrase_prompts)
+    neighbors: list[tuple[int, str, str | None, str | None]] = [
+        (i, prompt, *both(record)) for i, record in numbered for prompt in record.neighborhood_prompts
+    ]
+    neighbors += [(i, fact.prompt, None, fact.target) for i, record in numbered for fact in record.neighborhood_facts]
+    neighborhood = prompts(neighbors)
     facts = [(i, pair(fact.prompt, fact.target)) for i, record in numbered for fact in record.same_subject]
     same_subject = FactIndex(*np.array(facts, np.int64).reshape(-1, 2).T)
     pairs = prepare_pairs(list(number), tokenizer, row_batch=row_batch)

@@ -2,7 +2,9 @@
 
 Averages follow the published evaluation (`experiments/summarize.py` of the ROME and MEMIT code): a measure is averaged over
 the prompts of a record first and over the records after that, so a record with ten neighbourhood prompts weighs as much
-as one with two. A record without prompts of a kind does not take part in that kind's measures. Percentages are 0 to 100.
+as one with two. A record without prompts of a kind does not take part in that kind's measures, and a prompt without one of
+its objects in none that needs that object: sets that name no true object, such as zsRE, are measured by exact match.
+Percentages are 0 to 100.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ class PromptScores:
 
     Attributes:
         record: position of the record that each prompt measures.
-        nll_new, nll_true: mean negative log-likelihood per token of the new and of the true object.
+        nll_new, nll_true: mean negative log-likelihood per token of the new and of the true object; NaN where a prompt has
+            no such object (scores that should be there are finite, see `score_pairs`).
         correct_new, correct_true: whether every token of that object is the argmax.
     """
 
@@ -37,6 +40,13 @@ class PromptScores:
     def prefers_true(self) -> Bool[np.ndarray, "n"]:
         """NLL(true) < NLL(new); a tie is a failure."""
         return self.nll_true < self.nll_new
+
+    def means(self, values: Bool[np.ndarray, "n"], n: int, needs: str = "new true") -> Float[np.ndarray, "r"]:
+        """Means of values over the prompts of each of n records, without prompts that lack an object that they need."""
+        lacking = np.zeros(len(values), bool)
+        for name in needs.split():
+            lacking |= np.isnan(getattr(self, f"nll_{name}"))
+        return record_means(values[~lacking], self.record[~lacking], n)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Percentages:
         specificity: share of neighbourhood prompts with NLL(true) < NLL(new).
         score: S, the harmonic mean of these three; 0 if one of them is 0.
         efficacy_accuracy, generalization_accuracy: share of prompts on which every token of the new object is the argmax.
-        specificity_accuracy: the same for the true object on neighbourhood prompts.
+        specificity_accuracy: the same for the true object on neighbourhood prompts, and for a neighbourhood fact's own.
         same_subject_accuracy: the same for other facts of the subject and their own objects.
         retention, retention_accuracy: efficacy and its accuracy over the first records alone, in order of editing.
     """
@@ -132,12 +142,12 @@ def record_measures(scores: Scores) -> RecordMeasures:
     """Each measure of each record."""
     rewrite, paraphrase, neighborhood = scores.rewrite, scores.paraphrase, scores.neighborhood
     return RecordMeasures(
-        efficacy=record_means(rewrite.prefers_new(), rewrite.record, scores.n),
-        generalization=record_means(paraphrase.prefers_new(), paraphrase.record, scores.n),
-        specificity=record_means(neighborhood.prefers_true(), neighborhood.record, scores.n),
-        efficacy_accuracy=record_means(rewrite.correct_new, rewrite.record, scores.n),
-        generalization_accuracy=record_means(paraphrase.correct_new, paraphrase.record, scores.n),
-        specificity_accuracy=record_means(neighborhood.correct_true, neighborhood.record, scores.n),
+        efficacy=rewrite.means(rewrite.prefers_new(), scores.n),
+        generalization=paraphrase.means(paraphrase.prefers_new(), scores.n),
+        specificity=neighborhood.means(neighborhood.prefers_true(), scores.n),
+        efficacy_accuracy=rewrite.means(rewrite.correct_new, scores.n, "new"),
+        generalization_accuracy=paraphrase.means(paraphrase.correct_new, scores.n, "new"),
+        specificity_accuracy=neighborhood.means(neighborhood.correct_true, scores.n, "true"),
         same_subject_accuracy=record_means(scores.same_subject.correct, scores.same_subject.record, scores.n),
     )
 

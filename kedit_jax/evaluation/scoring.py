@@ -158,8 +158,11 @@ def _tokenise(pairs: Sequence[Pair], tokenizer: Any) -> dict[Pair, list[Entry]]:
 
 def _boundary_problem(pair: Pair, places: Sequence[int], offsets: Sequence[tuple[int, int]]) -> str | None:
     """Why the target's tokens are not a run behind the prompt's, or None."""
-    if not pair.target.strip() or not places:
+    if not pair.target.strip():
         return "the target is empty; give the object's text"
+    nothing = "the target has no tokens; use text the tokenizer knows"
+    if not places:
+        return nothing
     if places[0] == 0:
         return "no token stands before the target; give a prompt"
     start, end = offsets[places[0]]
@@ -168,6 +171,8 @@ def _boundary_problem(pair: Pair, places: Sequence[int], offsets: Sequence[tuple
             f"one token covers {(pair.prompt + ' ' + pair.target)[start:end]!r}, the end of the prompt and the "
             "beginning of the target; remove blanks at the end of the prompt"
         )
+    if offsets[places[-1]][1] <= len(pair.prompt) + 1:
+        return nothing  # but the space that joins it
     return None
 
 

@@ -283,3 +283,19 @@ def test_settings_from_a_file(home: Path, kedit: Kedit) -> None:
     (home / "settings.json").write_text(json.dumps(settings | {"moment_wieght": 1}))
     args = ["edit", "model", "facts.jsonl", "--session", "s5", "--corpus", "corpus.txt", "--settings", "settings.json"]
     assert "unknown settings moment_wieght" in kedit(*args, status=1)
+
+
+def test_facts_from_data_sets_and_tables(home: Path, kedit: Kedit) -> None:
+    """A CounterFact file, and a table with columns of its own, whose subject is proposed where it has none."""
+    options = ["--corpus", "corpus.txt", *OPTIONS]
+    kedit("edit", "model", "records.json", "--session", "d1", *options)
+    (fact,) = read_manifest(home / "d1")["facts"]
+    assert (fact["subject"], fact["target"], fact["relation"]) == ("Alice Smith", "cat", "plays")
+    (home / "mine.csv").write_text("Sentence,Correct,Name\nBob Stone speaks,French,Bob Stone\n{} is a,river dog,Paris\n")
+    kedit("edit", "model", "mine.csv", "--columns", "prompt=Sentence,target=Correct,subject=Name", "--session", "d2", *options)
+    facts = read_manifest(home / "d2")["facts"]
+    assert [(f["prompt"], f["subject"], f["target"]) for f in facts] == [
+        ("{} speaks", "Bob Stone", "French"),
+        ("{} is a", "Paris", "river dog"),
+    ]
+    assert "field=column" in kedit("edit", "model", "mine.csv", "--columns", "Sentence", "--session", "d3", *options, status=1)

@@ -42,6 +42,12 @@ def test_a_request_knows_its_text() -> None:
         ({"target": None}, "'target' is missing"),
         ({"subject": 7}, "'subject' must be text, not 7"),
         ({"id": 7}, "'id' must be text, not 7"),
+        ({"weight": 0}, "weight 0 must be a number > 0"),
+        ({"weight": -1.5}, "weight -1.5 must be"),
+        ({"weight": True}, "weight True must be"),
+        ({"weight": "2"}, "weight '2' must be"),
+        ({"weight": 10**400}, "must be a number > 0"),
+        ({"weight": float("nan")}, "weight nan must be"),
     ],
 )
 def test_unusable_fields_are_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -83,7 +89,7 @@ def test_requests_survive_writing(tmp_path: Path) -> None:
     """Also line separators that JSON leaves as they are and `str.splitlines` would cut at."""
     requests = [
         EditRequest("{} was born in", "Émile Ōta", "東京 \U0001f600", id="1"),
-        EditRequest("{}\u2028says\x85", "line\u2029break", 'quo"te\\ \n tab\t', relation="says", old_target="{}"),
+        EditRequest("{}\u2028says\x85", "line\u2029break", 'quo"te\\ \n tab\t', relation="says", old_target="{}", weight=2.5),
     ]
     path = tmp_path / "r.jsonl"
     write_requests(path, requests)

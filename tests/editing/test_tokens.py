@@ -171,6 +171,18 @@ def test_special_tokens_in_a_text_are_text() -> None:
     assert found.tokens.count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("space", ["kept", "dropped"])
+def test_a_target_that_tokenizes_to_nothing_is_refused(space: str) -> None:
+    """A soft hyphen that the normaliser removes; the space before it may stay as a token of its own."""
+    made = Tokenizer(models.WordLevel({"Ada": 0, "is": 1, "here": 2}, unk_token="here"))
+    made.normalizer = normalizers.Replace("\u00ad", "")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "isolated") if space == "kept" else pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(RequestError, match="has no tokens after 'Ada is'"):
+        encode(wrap(made), [Passage("{} is", "Ada", "\u00ad")])
+    (fine,) = encode(wrap(made), [Passage("{} is", "Ada", "here\u00ad")])
+    assert fine.target[-1] == 2
+
+
 def test_everything_that_is_not_found_is_listed() -> None:
     """A tokenizer may clean its text, and leave nothing of a subject or a target."""
     made = train_tokenizer(TEXTS)

@@ -55,6 +55,25 @@ def test_known_answers(scores: Scores) -> None:
     assert (found.retention, found.retention_accuracy) == (found.efficacy, found.efficacy_accuracy)
 
 
+def test_prompts_that_lack_an_object_take_part_where_it_is_not_needed() -> None:
+    """As zsRE's: a rewrite without a true object, a neighbourhood fact without a new one."""
+    nan = float("nan")
+    lacking = Scores(
+        n=3,
+        rewrite=prompts((0, 1, nan, True, False), (1, 2, nan, False, False), (2, 1, 2, True, False)),
+        paraphrase=prompts((0, 1, nan, True, False), (1, 2, nan, True, False)),
+        neighborhood=prompts((0, nan, 2, False, True), (1, nan, 1, False, False), (1, 2, 1, False, True)),
+        same_subject=facts(),
+    )
+    found = summarize(record_measures(lacking))
+    assert found.efficacy == 100  # of the third record alone; as failures the others would give 33
+    assert found.efficacy_accuracy == pytest.approx(200 / 3)
+    assert (found.generalization, found.generalization_accuracy) == (None, 100)
+    assert found.specificity == 100  # of the one prompt with both
+    assert found.specificity_accuracy == 75
+    assert found.score is None
+
+
 def test_mean_over_prompts_then_over_records(scores: Scores) -> None:
     """Published averages; pooling all prompts would give 60 % here, not 37.5 %."""
     pooled = 100 * scores.neighborhood.prefers_true().mean()

@@ -82,7 +82,7 @@ BAD = {
     "fact without target": (raw_record(0, same_subject=[{"prompt": "x"}]), r"'same_subject\[0\].target' is missing"),
     "fact not an object": (raw_record(0, same_subject=["x"]), r"'same_subject\[0\]' must be an object"),
     "pararel_idx": (raw_record(0, pararel_idx="7"), "'pararel_idx' must be int"),
-    "not an object": (["x"], "must be an object in CounterFact's schema"),
+    "not an object": (["x"], "must be an object with the fields of a record"),
 }
 
 
@@ -116,12 +116,12 @@ def test_duplicate_ids() -> None:
     ("name", "data", "message"),
     [
         ("r.json", b"[{]", r"r.json' is not valid JSON \(Expecting property name.*line 1 column 3"),
-        ("r.json", b'{"case_id": 1}', "must hold a list of records, not dict"),
+        ("r.json", b'{"case_id": 1}', r"line 1 \(case_id 1\): no known schema: none of the fields"),
         ("r.json", b"[]", "holds no records"),
         ("r.jsonl", b"\n", "holds no records"),
-        ("r.jsonl", b"{\n[1]\n{", "(?s)record 1: not valid JSON.*record 2: must be an object.*record 3: not valid JSON"),
+        ("r.jsonl", b"{\n[1]\n{", "(?s)line 1: not valid JSON.*line 2: must be an object.*line 3: not valid JSON"),
         ("r.json", b"\xff\xfe", "cannot read records"),
-        ("r.json.gz", b"plain", "cannot read records"),
+        ("r.json.gz", b"plain", "cannot be read as a table"),
         ("r.json.gz", gzip.compress(b"[1, 2, 3]" * 99)[:-9], "cannot read records"),
         ("missing.json", None, "cannot read records"),
     ],

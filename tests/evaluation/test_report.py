@@ -11,7 +11,7 @@ from evaluation_world import plain_nll, random_model
 from rich.console import Console
 
 from kedit_jax.errors import KeditError, NonFiniteError
-from kedit_jax.evaluation import Evaluation, Record, RecordError, evaluate, perplexity, prepare, prepare_texts, table
+from kedit_jax.evaluation import Evaluation, Fact, Record, RecordError, evaluate, perplexity, prepare, prepare_texts, table
 from kedit_jax.evaluation.scoring import _score_batch
 from kedit_jax.models import Decoder, ModelConfig
 
@@ -113,6 +113,25 @@ def test_records_without_some_prompts(model: Decoder, tokenizer: Any, records: l
     found = evaluate(model, prepare(bare, tokenizer))
     assert (found.specificity, found.score, found.same_subject_accuracy) == (None, None, None)
     assert {row["specificity"] for row in found.details.rows()} == {None}
+    assert "-" in rendered({"unedited": found})
+
+
+def test_records_without_a_true_object(
+    model: Decoder, tokenizer: Any, records: list[Record], evaluation: Evaluation
+) -> None:
+    """What needs the true object is None; exact match is what it was, for a neighbour of its own object."""
+    facts = [tuple(Fact(prompt, str(record.target_true)) for prompt in record.neighborhood_prompts) for record in records]
+    bare = [
+        replace(record, target_true=None, neighborhood_prompts=(), neighborhood_facts=own)
+        for record, own in zip(records, facts, strict=True)
+    ]
+    found = evaluate(model, prepare(bare, tokenizer))
+    assert {found.efficacy, found.generalization, found.specificity, found.score, found.retention} == {None}
+    for name in ("efficacy", "generalization", "specificity", "same_subject", "retention"):
+        assert getattr(found, f"{name}_accuracy") == getattr(evaluation, f"{name}_accuracy")
+    mixed = evaluate(model, prepare([*records[:5], *bare[5:]], tokenizer))
+    assert mixed.efficacy == evaluate(model, prepare(records[:5], tokenizer)).efficacy
+    assert mixed.efficacy_accuracy == evaluation.efficacy_accuracy
     assert "-" in rendered({"unedited": found})
 
 

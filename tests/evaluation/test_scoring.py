@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation_world import plain_logits, plain_nll, random_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kedit_jax.errors import KeditError, NonFiniteError
 from kedit_jax.evaluation import Pair, prepare_pairs, score_pairs
@@ -230,3 +232,16 @@ def test_pairs_that_do_not_fit_the_model(model: Decoder, tokenizer: Any) -> None
 
 def test_no_pairs(model: Decoder, tokenizer: Any) -> None:
     assert score_pairs(model, prepare_pairs([], tokenizer)).nll.shape == (0,)
+
+
+@pytest.mark.parametrize("space", ["kept", "dropped"])
+def test_targets_that_tokenize_to_nothing(space: str) -> None:
+    """A soft hyphen that the normaliser removes; the space before it may stay as a token of its own."""
+    made = Tokenizer(models.WordLevel({"Ada": 0, "is": 1, "here": 2, "▁": 3}, unk_token="here"))
+    made.normalizer = normalizers.Replace("\u00ad", "")
+    split = pre_tokenizers.Split(" ", "isolated") if space == "kept" else pre_tokenizers.WhitespaceSplit()
+    made.pre_tokenizer = pre_tokenizers.Sequence([split])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    with pytest.raises(KeditError, match=r"target '\\xad': the target has no tokens; use text the tokenizer knows"):
+        prepare_pairs([("Ada is", "\u00ad")], tokenizer)
+    assert prepare_pairs([("Ada is", "here\u00ad")], tokenizer).n_entries == (2 if space == "kept" else 1)
