@@ -292,10 +292,12 @@ def test_facts_from_data_sets_and_tables(home: Path, kedit: Kedit) -> None:
     (fact,) = read_manifest(home / "d1")["facts"]
     assert (fact["subject"], fact["target"], fact["relation"]) == ("Alice Smith", "cat", "plays")
     (home / "mine.csv").write_text("Sentence,Correct,Name\nBob Stone speaks,French,Bob Stone\n{} is a,river dog,Paris\n")
-    kedit("edit", "model", "mine.csv", "--columns", "prompt=Sentence,target=Correct,subject=Name", "--session", "d2", *options)
+    columns = "prompt=Sentence,target=Correct,subject=Name"
+    kedit("edit", "model", "mine.csv", "--columns", columns, "--session", "d2", *options)
     facts = read_manifest(home / "d2")["facts"]
     assert [(f["prompt"], f["subject"], f["target"]) for f in facts] == [
         ("{} speaks", "Bob Stone", "French"),
         ("{} is a", "Paris", "river dog"),
     ]
-    assert "field=column" in kedit("edit", "model", "mine.csv", "--columns", "Sentence", "--session", "d3", *options, status=1)
+    bad = kedit("edit", "model", "mine.csv", "--columns", "Sentence", "--session", "d3", *options, status=1)
+    assert "field=column" in bad
