@@ -459,9 +459,15 @@ def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: Ed
         settings: the editor and all its numbers.
 
     Raises:
-        SessionError: moments of another model, or without a layer that is to be edited.
+        SessionError: moments of another model, or without a layer that is to be edited; a model whose down projections do
+            not write into the residual stream directly (Gemma 2 and 3).
         SolverError: moments that the editor's prior cannot be made of.
     """
+    if model.config.post_norms:
+        raise SessionError(
+            f"{model.config.family} norms what a down projection puts out before it joins the residual stream, so a kernel "
+            "alone cannot reach the change that an edit needs: such models are loaded, scored and run, but not edited"
+        )
     settings = dataclasses.replace(settings, layers=check_layers(model, settings.layers))
     found = model_fingerprint(model)
     if moments.model != found:

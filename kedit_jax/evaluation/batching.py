@@ -45,10 +45,11 @@ def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     """What the last block hands to the head, for rows padded on the right."""
     ones = jnp.ones((1, tokens.shape[1]), bool)
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    if model.config.rotary is None:
-        # Only padding can stand past the last learned position; looked up there, `embed` answers NaN, and a masked NaN
-        # still spoils the attention (0 * NaN).
-        places = jnp.minimum(places, model.config.max_positions - 1)
+    limit = model.config.position_limit
+    if limit is not None:
+        # Only padding can stand past the last position that the model has; looked up there, it answers NaN, and a masked
+        # NaN still spoils the attention (0 * NaN).
+        places = jnp.minimum(places, limit - 1)
     positions = jnp.broadcast_to(places, tokens.shape)
     h = model.embed(tokens, positions)
     h, _ = model.run_layers(h, 0, model.config.n_layers, positions=positions, mask=causal_mask(ones))
@@ -62,13 +63,13 @@ def negative_log_likelihood(logits: Float[Array, "*n V"], token: Int[Array, "*n 
 
 
 def check_fits(model: Decoder, longest: int, largest_token: int, mend: str) -> None:
-    """Raise a KeditError where rows have more tokens than the model has learned positions, or tokens it does not know.
+    """Raise a KeditError where rows have more tokens than the model has positions, or tokens it does not know.
 
     Without the check the model would answer NaN, which says less.
     """
     config, problems = model.config, []
-    if config.rotary is None and longest > config.max_positions:
-        problems.append(f"the longest row has {longest} tokens, the model takes {config.max_positions}; {mend}")
+    if config.position_limit is not None and longest > config.position_limit:
+        problems.append(f"the longest row has {longest} tokens, the model takes {config.position_limit}; {mend}")
     if largest_token >= config.vocab_size:
         problems.append(
             f"token {largest_token} is past the model's {config.vocab_size}; use the tokenizer that belongs to the model"

@@ -1,11 +1,19 @@
 """Language models: one decoder for all families, in Hugging Face's checkpoint layout."""
 
-from kedit_jax.models.config import Biases, Llama3Scaling, ModelConfig, RotaryConfig
+from kedit_jax.models.config import (
+    Biases,
+    LinearScaling,
+    Llama3Scaling,
+    LocalAttention,
+    LongRope,
+    ModelConfig,
+    RotaryConfig,
+)
 from kedit_jax.models.decoder import Decoder, causal_mask, down_kernel_address, positions_of
 from kedit_jax.models.generation import generate
 from kedit_jax.models.gpt2 import gpt2_config
 from kedit_jax.models.layers import KV
-from kedit_jax.models.loading import load, load_model, load_tokenizer, model_fingerprint
+from kedit_jax.models.loading import abstract_decoder, load, load_model, load_tokenizer, model_fingerprint, read_config
 from kedit_jax.models.parameters import named_parameters, with_parameters
 from kedit_jax.models.saving import save_model
 
@@ -13,9 +21,13 @@ __all__ = [
     "KV",
     "Biases",
     "Decoder",
+    "LinearScaling",
     "Llama3Scaling",
+    "LocalAttention",
+    "LongRope",
     "ModelConfig",
     "RotaryConfig",
+    "abstract_decoder",
     "causal_mask",
     "down_kernel_address",
     "generate",
@@ -26,6 +38,7 @@ __all__ = [
     "model_fingerprint",
     "named_parameters",
     "positions_of",
+    "read_config",
     "save_model",
     "with_parameters",
 ]

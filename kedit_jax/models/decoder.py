@@ -13,7 +13,17 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models.config import ModelConfig
-from kedit_jax.models.layers import INIT_STD, KV, Block, LayerNorm, Rotation, at_least_float32, rotation_of
+from kedit_jax.models.layers import (
+    INIT_STD,
+    KV,
+    Block,
+    LayerNorm,
+    View,
+    at_least_float32,
+    rotation_of,
+    soft_capped,
+    windowed,
+)
 
 
 class Head(nnx.Module):
@@ -64,6 +74,8 @@ class Decoder(nnx.Module):
         A token or learned position past its table gives NaN, which the caller can see, rather than its neighbour's row.
         """
         h = jnp.take(self.embedding[...], tokens, axis=0)
+        if self.config.embedding_scale is not None:
+            h = h * jnp.asarray(self.config.embedding_scale, h.dtype)
         if self.position_embedding is None:
             return h
         return h + jnp.take(self.position_embedding[...], positions, axis=0)
@@ -84,8 +96,9 @@ class Decoder(nnx.Module):
 
         Args:
           h: the residual stream before layer `start`.
-          positions: of the tokens, for rotary models.
-          mask: which tokens each one attends to: those of `past` first, then these.
+          positions: of the tokens, for rotary models and sliding windows.
+          mask: which tokens each one attends to: those of `past` first, then these. Layers with a sliding window take
+            away what lies outside of it by themselves.
           past: attention keys and values of earlier tokens in these layers, as `prefill` returned them.
 
         Returns:
@@ -129,7 +142,9 @@ class Decoder(nnx.Module):
         last = self.config.n_layers - 1
         _check_segment(self.config, h, last, last + 1, mask, past)
         block, kv = jax.tree.map(lambda stack: stack[last], self.layers), jax.tree.map(lambda layers: layers[0], past)
-        return block(h, rotation=self._rotation(positions), mask=mask, past=kv, at=at)[0]
+        kinds = self._kinds(last, last + 1)
+        view = self._views(positions, mask, past, kinds)[kinds[0]]
+        return block(h, view=view, past=kv, at=at)[0]
 
     def logits(self, h: Float[Array, "*B d"]) -> Float[Array, "*B V"]:
         """Final norm and output projection, in at least float32."""
@@ -139,7 +154,10 @@ class Decoder(nnx.Module):
             logits = jnp.einsum("...d,vd->...v", normed, self.embedding[...], preferred_element_type=wide)
         else:
             logits = jnp.matmul(normed, self.head.kernel[...], preferred_element_type=wide)
-        return logits if self.head.bias is None else logits + self.head.bias[...]
+        if self.head.bias is not None:
+            logits = logits + self.head.bias[...]
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else soft_capped(logits, cap)
 
     def _scan(
         self,
@@ -153,13 +171,15 @@ class Decoder(nnx.Module):
         keep_kv: bool,
     ) -> tuple[Array, Array, Any]:
         _check_segment(self.config, h, start, stop, mask, past)
-        rotation = self._rotation(positions)
+        kinds = self._kinds(start, stop)
+        views = self._views(positions, mask, past, kinds)
+        kept = None if self.config.local is None else jnp.broadcast_to(positions, h.shape[:2])
 
         def layer(h: Array, xs: tuple[Array, KV | None]) -> tuple[Array, tuple[Array, KV | None]]:
             index, past = xs
             block = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), self.layers)
-            h, key, kv = block(h, rotation=rotation, mask=mask, past=past)
-            return h, (key, kv if keep_kv else None)
+            h, key, kv = block(h, view=_view(views, kinds, index - start), past=past)
+            return h, (key, kv._replace(positions=kept) if keep_kv else None)
 
         # Recomputing a layer in the backward pass keeps one residual stream per layer in place of every activation and
         # every indexed weight. Measured with 6 layers, d 128, d_ff 2048, 768 tokens on 2 CPU cores: gradient in the
@@ -169,9 +189,35 @@ class Decoder(nnx.Module):
         h, (keys, kv) = lax.scan(layer, h, (jnp.arange(start, stop), past))
         return h, keys, kv
 
-    def _rotation(self, positions: Array) -> Rotation | None:
-        rotary = self.config.rotary
-        return None if rotary is None else rotation_of(rotary, positions, self.dtype)
+    def _kinds(self, start: int, stop: int) -> tuple[bool, ...]:
+        """Whether each of these layers has a sliding window."""
+        local = self.config.local
+        return (False,) * (stop - start) if local is None else local.layers[start:stop]
+
+    def _views(self, positions: Array, mask: Array, past: KV | None, kinds: tuple[bool, ...]) -> tuple[View, View]:
+        """What layers without and with a sliding window see, made once for all of them."""
+        config, local = self.config, self.config.local
+        rotation = None if config.rotary is None else rotation_of(config.rotary, positions, self.dtype)
+        view = View(rotation, mask)
+        if local is None or not any(kinds):
+            return view, view
+        attended = positions
+        if past is not None:
+            if past.positions is None:
+                raise KeditError("`past` holds no positions, which sliding windows need: take it from `prefill`")
+            before = past.positions[0]
+            attended = jnp.concatenate([before, jnp.broadcast_to(positions, (len(before), positions.shape[1]))], axis=1)
+        if local.rotary is not None:
+            rotation = rotation_of(local.rotary, positions, self.dtype)
+        return view, View(rotation, windowed(mask, positions, attended, local.window))
+
+
+def _view(views: tuple[View, View], kinds: tuple[bool, ...], place: Array) -> View:
+    """The view of the layer at `place` of a segment with layers of these kinds; chosen in tracing where all are alike."""
+    if len(set(kinds)) <= 1:
+        return views[any(kinds)]
+    local = jnp.asarray(kinds)[place]
+    return jax.tree.map(lambda far, near: jnp.where(local, near, far), *views)
 
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -15,14 +15,17 @@ class Weight:
     """One row of a weight table: a checkpoint tensor and the parameters that it fills.
 
     `name` holds `{layer}` where the parameters are stacked over layers. Several `paths` share the tensor's last axis
-    (after transposing), in their order. `copy` marks a tensor which may be absent and, where present, must equal the
-    parameter (the output projection of a tied model).
+    (after transposing), in their order, once or in `groups` equal runs (GPT-NeoX: query, key and value of one head after
+    another). `copy` marks a tensor which may be absent and, where present, must equal the parameter (the output
+    projection of a tied model). `alias` is another name that files may give the tensor.
     """
 
     name: str
     paths: tuple[str, ...]
     transpose: bool = False
     copy: bool = False
+    groups: int = 1
+    alias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +57,13 @@ def norm(name: str, path: str, *, bias: bool) -> list[Weight]:
     return [*rows, Weight(f"{name}.bias", (f"{path}.bias",))] if bias else rows
 
 
-def head(config: ModelConfig) -> list[Weight]:
-    """The output projection, `lm_head` in every family."""
+def head(config: ModelConfig, name: str = "lm_head", *, alias: str | None = None) -> list[Weight]:
+    """The output projection; `alias` is the full name of the same tensor in other files."""
     if config.tie_embeddings:
-        kernel = Weight("lm_head.weight", ("embedding",), copy=True)
+        kernel = Weight(f"{name}.weight", ("embedding",), copy=True, alias=alias)
     else:
-        kernel = Weight("lm_head.weight", ("head.kernel",), transpose=True)
-    return [kernel, Weight("lm_head.bias", ("head.bias",))] if config.biases.head else [kernel]
+        kernel = Weight(f"{name}.weight", ("head.kernel",), transpose=True, alias=alias)
+    return [kernel, Weight(f"{name}.bias", ("head.bias",))] if config.biases.head else [kernel]
 
 
 def special_ids(config: ModelConfig) -> dict[str, Any]:

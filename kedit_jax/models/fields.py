@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from kedit_jax.errors import CheckpointError
@@ -55,6 +55,28 @@ class Fields:
             return 1.0
         return float(value)
 
+    def integer_or_none(self, name: str, absent: int | None) -> int | None:
+        """null is None; a field that is not there takes the value of `absent`."""
+        if self._raw.get(name, _REQUIRED) is _REQUIRED:
+            return absent
+        return self.integer(name) if self.has(name) else None
+
+    def number_or_none(self, name: str, absent: float | None) -> float | None:
+        """null is None; a field that is not there takes the value of `absent`."""
+        if self._raw.get(name, _REQUIRED) is _REQUIRED:
+            return absent
+        return self.number(name) if self.has(name) else None
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self._value(name, _REQUIRED)
+        if value is _REQUIRED:
+            return ()
+        if not isinstance(value, list) or not all(type(one) in (int, float) and 0 < one < math.inf for one in value):
+            self.problem(f"{name} is {value!r}: it must be a list of positive numbers")
+            return ()
+        return tuple(float(one) for one in value)
+
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:
         value = self._value(name, default)
         if value is _REQUIRED:
@@ -69,6 +91,19 @@ class Fields:
         if value is not _REQUIRED and value not in choices:
             self.problem(f"{name} is {value!r}: supported are {', '.join(choices)}")
         return choices[value] if value in choices else next(iter(choices.values()))
+
+    def choices(self, name: str, choices: Mapping[str, T], default: Sequence[T]) -> tuple[T, ...]:
+        """A list of as many entries as the default, which is taken where the field is absent or null."""
+        value = self._value(name, None)
+        if value is None:
+            return tuple(default)
+        if not isinstance(value, list) or any(not isinstance(one, str) or one not in choices for one in value):
+            self.problem(f"{name} is {value!r}: it must be a list of {' and '.join(choices)}")
+            return tuple(default)
+        if len(value) != len(default):
+            self.problem(f"{name} has {len(value)} entries: there must be {len(default)}")
+            return tuple(default)
+        return tuple(choices[one] for one in value)
 
     def token_id(self, name: str) -> int | None:
         ids = self.token_ids(name)
@@ -114,7 +149,8 @@ class Fields:
             self.problem(f"{name} is {value!r}, but only {allowed!r} throughout is supported: {why}")
 
     def problem(self, message: str) -> None:
-        self._problems.append(message)
+        if message not in self._problems:  # a field may be read twice
+            self._problems.append(message)
 
     def finish(self) -> None:
         if self._problems:

@@ -100,8 +100,7 @@ def _generate(
 
     # One slot for each prompt and new token; the last new token is never fed back. A slot's place means nothing: its
     # position is in its rotated key, so prompts padded on the right may stay where they are.
-    room = ((0, 0), (0, 0), (0, n_new - 1), (0, 0), (0, 0))
-    cache = KV(jnp.pad(kv.k, room), jnp.pad(kv.v, room))
+    cache = jax.tree.map(lambda part: jnp.pad(part, [(0, n_new - 1 if axis == 2 else 0) for axis in range(part.ndim)]), kv)
     readable = jnp.pad(valid, ((0, 0), (0, n_new)))
     readable = readable.at[:, -1].set(True)  # the token of the step itself stands behind the cache
     n_prompt = valid.sum(axis=-1, dtype=jnp.int32)
@@ -113,7 +112,7 @@ def _generate(
         h = model.embed(last[:, None], positions)
         h, _, new = model.prefill(h, 0, n_layers, positions=positions, mask=readable[:, None], past=cache)
         slot = length + index
-        cache = KV(*(lax.dynamic_update_slice_in_dim(old, one, slot, 2) for old, one in zip(cache, new, strict=True)))
+        cache = jax.tree.map(lambda old, one: lax.dynamic_update_slice_in_dim(old, one, slot, 2), cache, new)
         chosen = sample(model.logits(h[:, 0]), key, last)
         return (cache, readable.at[:, slot].set(True), chosen), chosen
 
@@ -151,7 +150,8 @@ def _check_prompts(model: Decoder, tokens: np.ndarray, valid: np.ndarray, n_new:
     if outside.any():
         problems.append(f"tokens {sorted(set(tokens[outside].tolist()))} lie outside the vocabulary of {config.vocab_size}")
     longest = int(lengths.max(initial=0)) + n_new - 1
-    if config.rotary is None and longest > config.max_positions:
-        problems.append(f"{longest} positions are needed, but the model has learned {config.max_positions}")
+    if config.position_limit is not None and longest > config.position_limit:
+        which = "has learned" if config.rotary is None else "computes LongRoPE for"
+        problems.append(f"{longest} positions are needed, but the model {which} {config.position_limit}")
     if problems:
         raise KeditError.listing("cannot generate:", problems)

@@ -16,16 +16,20 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
-from kedit_jax.models.config import Activation, ModelConfig, RotaryConfig
+from kedit_jax.models.config import Activation, LinearScaling, LongRope, ModelConfig, RotaryConfig
 
 INIT_STD = 0.02  # GPT-2's; all families here were trained from about this scale
 
 
 class KV(NamedTuple):
-    """Keys and values of the attention, already rotated; stacked over layers in the decoder's interface."""
+    """Keys and values of the attention, already rotated; stacked over layers in the decoder's interface.
+
+    `positions` are those of the tokens, kept by models with sliding windows alone.
+    """
 
     k: Float[Array, "*L B S n_kv hd"]
     v: Float[Array, "*L B S n_kv hd"]
+    positions: Int[Array, "*L B S"] | None = None
 
 
 class Rotation(NamedTuple):
@@ -33,6 +37,13 @@ class Rotation(NamedTuple):
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
+
+
+class View(NamedTuple):
+    """How the tokens of one kind of layers see each other: their rotary angles, and which ones they attend to."""
+
+    rotation: Rotation | None
+    mask: Bool[Array, "#B T S"]
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
@@ -56,19 +67,26 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis; without the mean and the bias for "rms"."""
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis; without the mean and the bias for "rms".
 
-    def __init__(self, config: ModelConfig, *, stack: int | None = None, dtype: DTypeLike) -> None:
-        shape = (config.d_model,) if stack is None else (stack, config.d_model)
-        self.scale = nnx.Param(jnp.ones(shape, dtype))
+    With `one_plus_scale` the factor is 1 + scale, a sum made in at least float32: in bfloat16 it would lose what the
+    parameter holds below 2^-8.
+    """
+
+    def __init__(self, config: ModelConfig, *, width: int | None = None, stack: int | None = None, dtype: DTypeLike) -> None:
+        width = config.d_model if width is None else width
+        shape = (width,) if stack is None else (stack, width)
+        self.scale = nnx.Param(jnp.zeros(shape, dtype) if config.one_plus_scale else jnp.ones(shape, dtype))
         self.bias = nnx.Param(jnp.zeros(shape, dtype)) if config.norm == "layer" else None
         self.eps = config.norm_eps
+        self.one_plus = config.one_plus_scale
 
     def __call__(self, x: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
         wide = x.astype(at_least_float32(x.dtype))
         if self.bias is not None:
             wide = wide - wide.mean(-1, keepdims=True)
-        wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps) * self.scale[...]
+        scale = 1 + self.scale[...].astype(wide.dtype) if self.one_plus else self.scale[...]
+        wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps) * scale
         if self.bias is not None:
             wide = wide + self.bias[...]
         return wide.astype(x.dtype)
@@ -95,43 +113,58 @@ class Attention(nnx.Module):
             config.n_heads * hd, d, stack=stack, bias=config.biases.attn_out,
             std=_residual_std(config), rngs=rngs, dtype=dtype,
         )  # fmt: skip
+        self.q_norm = LayerNorm(config, width=hd, stack=stack, dtype=dtype) if config.qk_norm else None
+        self.k_norm = LayerNorm(config, width=hd, stack=stack, dtype=dtype) if config.qk_norm else None
         self.head_dim = hd
+        self.query_width = float(hd) if config.query_width is None else config.query_width
+        self.soft_cap = config.attention_soft_cap
         self.interleaved = config.rotary is not None and config.rotary.interleaved
 
     def __call__(
         self,
         x: Float[Array, "B T d"],
         *,
-        rotation: Rotation | None,
-        mask: Bool[Array, "#B T S"],
+        view: View,
         past: KV | None,
         at: Int[Array, "B A"] | None = None,
     ) -> tuple[Float[Array, "B A d"], KV]:
         """The attended values of all tokens, or of those at `at`, and the keys and values of x itself."""
         k, v = self._heads(self.k(x)), self._heads(self.v(x))
         q = self._heads(self.q(pick(x, at)))
-        if rotation is not None:
-            q = rotate(q, Rotation(*(pick(part, at) for part in rotation)), self.interleaved)
-            k = rotate(k, rotation, self.interleaved)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if view.rotation is not None:
+            q = rotate(q, Rotation(*(pick(part, at) for part in view.rotation)), self.interleaved)
+            k = rotate(k, view.rotation, self.interleaved)
         new = KV(k, v)
-        attended = attend(q, (new,) if past is None else (past, new), pick(mask, at))
+        sources = (new,) if past is None else (past, new)
+        attended = attend(q, sources, pick(view.mask, at), width=self.query_width, soft_cap=self.soft_cap)
         return self.o(attended.reshape(*q.shape[:2], -1)), new
 
     def _heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads hd"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
 
-def attend(q: Float[Array, "B T H hd"], sources: tuple[KV, ...], mask: Bool[Array, "#B T S"]) -> Float[Array, "B T H hd"]:
-    """softmax(q k' / sqrt(hd)) v over the sources one after another on the attended axis.
+def attend(
+    q: Float[Array, "B T H hd"],
+    sources: tuple[KV, ...],
+    mask: Bool[Array, "#B T S"],
+    *,
+    width: float | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H hd"]:
+    """softmax(q k' / sqrt(width)) v over the sources one after another on the attended axis; width is hd unless given.
 
-    Only the scores are concatenated, never the keys and values: a cache is read where it lies. A query whose row of the
-    mask is all False (padding) attends to nothing and gets zeros.
+    `soft_cap` bounds the scores before the softmax. Only the scores are concatenated, never the keys and values: a cache
+    is read where it lies. A query whose row of the mask is all False (padding) attends to nothing and gets zeros.
     """
     wide = at_least_float32(q.dtype)
     n_kv = sources[0].k.shape[2]
     grouped = q.reshape(*q.shape[:2], n_kv, -1, q.shape[-1])
     scores = [jnp.einsum("btkgh,bskh->bkgts", grouped, kv.k, preferred_element_type=wide) for kv in sources]
-    scaled = jnp.concatenate(scores, axis=-1) / np.sqrt(q.shape[-1]).astype(wide)
+    scaled = jnp.concatenate(scores, axis=-1) / np.sqrt(q.shape[-1] if width is None else width).astype(wide)
+    if soft_cap is not None:
+        scaled = soft_capped(scaled, soft_cap)
     mask = mask[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask, scaled, jnp.finfo(wide).min), axis=-1)
     weights = jnp.where(mask, weights, 0).astype(q.dtype)
@@ -142,6 +175,18 @@ def attend(q: Float[Array, "B T H hd"], sources: tuple[KV, ...], mask: Bool[Arra
         for part, kv in zip(parts, sources, strict=True)
     ]
     return sum(attended[1:], attended[0]).astype(q.dtype).reshape(q.shape)
+
+
+def soft_capped(x: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
+    """cap tanh(x / cap): x itself near 0, never beyond the cap."""
+    return cap * jnp.tanh(x / cap)
+
+
+def windowed(
+    mask: Bool[Array, "#B T S"], positions: Int[Array, "#B T"], attended: Int[Array, "#B S"], window: int
+) -> Bool[Array, "#B T S"]:
+    """The mask without what lies `window` or more positions before the token."""
+    return mask & (positions[:, :, None] - attended[:, None, :] < window)
 
 
 class Mlp(nnx.Module):
@@ -165,20 +210,26 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP on the residual stream, in sequence or side by side (`parallel_block`)."""
+    """One layer: attention and MLP on the residual stream, in sequence or side by side (`parallel_block`).
+
+    The output of the down projection joins the residual stream as it is, or through `mlp_post_norm` (`post_norms`).
+    """
 
     def __init__(self, config: ModelConfig, *, stack: int, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         self.attn_norm = LayerNorm(config, stack=stack, dtype=dtype)
         self.attn = Attention(config, stack=stack, rngs=rngs, dtype=dtype)
-        self.mlp_norm = None if config.parallel_block else LayerNorm(config, stack=stack, dtype=dtype)
+        one_norm = config.parallel_block and not config.parallel_norms
+        self.mlp_norm = None if one_norm else LayerNorm(config, stack=stack, dtype=dtype)
         self.mlp = Mlp(config, stack=stack, rngs=rngs, dtype=dtype)
+        self.attn_post_norm = LayerNorm(config, stack=stack, dtype=dtype) if config.post_norms else None
+        self.mlp_post_norm = LayerNorm(config, stack=stack, dtype=dtype) if config.post_norms else None
+        self.parallel = config.parallel_block
 
     def __call__(
         self,
         h: Float[Array, "B T d"],
         *,
-        rotation: Rotation | None,
-        mask: Bool[Array, "#B T S"],
+        view: View,
         past: KV | None,
         at: Int[Array, "B A"] | None = None,
     ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"], KV]:
@@ -187,13 +238,17 @@ class Block(nnx.Module):
         With `at`, the first two are those of the tokens in these columns alone; all tokens are still attended to.
         """
         normed = self.attn_norm(h)
-        attended, kv = self.attn(normed, rotation=rotation, mask=mask, past=past, at=at)
+        attended, kv = self.attn(normed, view=view, past=past, at=at)
+        if self.attn_post_norm is not None:
+            attended = self.attn_post_norm(attended)
         h = pick(h, at)
-        if self.mlp_norm is None:
-            value, key = self.mlp(pick(normed, at))
+        if self.parallel:
+            value, key = self.mlp(pick(normed, at) if self.mlp_norm is None else self.mlp_norm(h))
             return h + attended + value, key, kv
         h = h + attended
-        value, key = self.mlp(self.mlp_norm(h))
+        value, key = self.mlp(h if self.mlp_norm is None else self.mlp_norm(h))
+        if self.mlp_post_norm is not None:
+            value = self.mlp_post_norm(value)
         return h + value, key, kv
 
 
@@ -210,15 +265,19 @@ def activation_function(name: Activation) -> Callable[[Array], Array]:
 
 
 def rotary_frequencies(rotary: RotaryConfig) -> np.ndarray:
-    """Radians per position of each rotated pair, float64 [dim / 2]: theta^(-2 i / dim).
+    """Radians per position of each rotated pair, float64 [dim / 2]: theta^(-2 i / dim), scaled.
 
     With Llama 3.1's scaling, wavelengths beyond original / low_freq_factor are stretched by `factor`, those below
     original / high_freq_factor are kept, and in between the frequency is interpolated.
     """
     frequencies = rotary.theta ** (-np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim)
-    if rotary.scaling is None:
-        return frequencies
     scaling = rotary.scaling
+    if scaling is None:
+        return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    if isinstance(scaling, LongRope):
+        return frequencies / np.asarray(scaling.short, np.float64)
     turns = scaling.original_max_positions * frequencies / (2 * np.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = np.clip(kept, 0.0, 1.0)
@@ -226,10 +285,14 @@ def rotary_frequencies(rotary: RotaryConfig) -> np.ndarray:
 
 
 def rotation_of(rotary: RotaryConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> Rotation:
-    """Angles in at least float32, whatever the dtype of the model."""
+    """Angles in at least float32, whatever the dtype of the model. Beyond LongRoPE's short sequences they are NaN."""
     wide = at_least_float32(dtype)
     angles = positions[..., None].astype(wide) * jnp.asarray(rotary_frequencies(rotary), wide)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    if not isinstance(rotary.scaling, LongRope):
+        return Rotation(jnp.cos(angles), jnp.sin(angles))
+    known = positions[..., None] < rotary.scaling.original_max_positions
+    stretch = jnp.where(known, jnp.asarray(rotary.scaling.stretch, wide), jnp.nan)
+    return Rotation(stretch * jnp.cos(angles), stretch * jnp.sin(angles))
 
 
 def rotate(x: Float[Array, "B T heads hd"], rotation: Rotation, interleaved: bool) -> Float[Array, "B T heads hd"]:

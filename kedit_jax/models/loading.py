@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,34 +12,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike
+from jaxtyping import DTypeLike
 
 from kedit_jax.errors import CheckpointError
-from kedit_jax.models.checkpoint_files import CONFIG_FILE, TensorFiles, read_json
-from kedit_jax.models.config import ModelConfig
+from kedit_jax.models.checkpoint_files import (
+    CONFIG_FILE,
+    PICKLES,
+    STORED_DTYPES,
+    StoredTensor,
+    TensorFiles,
+    how_to_convert,
+    read_json,
+)
+from kedit_jax.models.config import ModelConfig, as_record
 from kedit_jax.models.decoder import Decoder
 from kedit_jax.models.parameters import named_parameters, with_parameters
+from kedit_jax.models.reading import Placement, read_parameters
 from kedit_jax.models.registry import FAMILIES, config_from_json
 from kedit_jax.models.table import Slot, buffer_names, slots
 
-STORED_DTYPES: Mapping[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NOT_NEEDED = ["*/*", "consolidated*"]  # folders, and Mistral's second copy of the weights
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # weights, configuration, tokenizers: nothing executable
 
 
-def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Decoder:
+def load_model(
+    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, placement: Placement | None = None
+) -> Decoder:
     """Load a decoder from a directory with config.json and safetensors, or from a hub id.
 
     Args:
       source: the directory, or a hub id such as "openai-community/gpt2".
       dtype: of all parameters; None keeps the stored one (the widest, where a checkpoint mixes them).
+      placement: a device or sharding for all parameters, or a function of a parameter's path and shape that gives one;
+        None is JAX's default device. The host holds no more than a few tensors at a time beside what is placed on it.
 
     Raises:
       CheckpointError: nothing there, a model that is not implemented, pickled weights, or everything that is missing,
@@ -52,12 +59,12 @@ def load_model(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None
     abstract = abstract_decoder(config)
     shapes = {path: value.shape for path, value in named_parameters(abstract).items()}
     expected = slots(config, shapes)
-    with TensorFiles(directory) as files:
-        names = _match(files, expected, config)
-        stored = [STORED_DTYPES[files.dtype(name)] for name in names.values()]
-        target = np.dtype(jnp.result_type(*stored)) if dtype is None else np.dtype(dtype)
-        values = _read(files, expected, names, shapes, target)
-    return with_parameters(abstract, values)
+    files = TensorFiles(directory)
+    names = _match(files, expected, config)
+    sources = {stored: (expected[name], files.tensors[stored]) for name, stored in names.items()}
+    kinds = [STORED_DTYPES[tensor.kind] for _, tensor in sources.values()]
+    target = np.dtype(jnp.result_type(*kinds)) if dtype is None else np.dtype(dtype)
+    return with_parameters(abstract, read_parameters(sources, shapes, target, placement))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -80,9 +87,25 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     return tokenizer
 
 
-def load(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> tuple[Decoder, Any]:
+def load(
+    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, placement: Placement | None = None
+) -> tuple[Decoder, Any]:
     """The model and its tokenizer."""
-    return load_model(source, dtype=dtype), load_tokenizer(source)
+    return load_model(source, dtype=dtype, placement=placement), load_tokenizer(source)
+
+
+def read_config(source: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of a directory or hub id alone; of a hub repository nothing else is fetched.
+
+    Raises:
+      CheckpointError: as `load_model`, as far as config.json goes.
+    """
+    path = Path(source)
+    if path.exists() or not _HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
+        file = locate(source) / CONFIG_FILE
+    else:
+        file = _download(str(source), only=CONFIG_FILE) / CONFIG_FILE
+    return config_from_json(read_json(file), str(file))
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -108,7 +131,7 @@ def abstract_decoder(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Dec
 
 def model_fingerprint(model: Decoder) -> str:
     """Hexadecimal SHA-256 over the configuration and every parameter's path, dtype, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(as_record(model.config), sort_keys=True).encode())
     for path, value in named_parameters(model).items():
         host = np.asarray(value)
         digest.update(f"\n{path} {host.dtype} {host.shape}\n".encode())
@@ -116,16 +139,25 @@ def model_fingerprint(model: Decoder) -> str:
     return digest.hexdigest()
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, only: str | None = None) -> Path:
     import huggingface_hub  # only for hub ids
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    failures = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        found = huggingface_hub.snapshot_download(hub_id, allow_patterns=only or _HUB_FILES, ignore_patterns=_HUB_NOT_NEEDED)
+    except failures as error:
         raise CheckpointError(
             f"{hub_id!r} is no directory here, and it could not be fetched from the Hugging Face hub: {error}"
         ) from error
+    if only is None and not any(Path(found).glob("*.safetensors")):
+        try:
+            files = huggingface_hub.list_repo_files(hub_id)
+        except failures:
+            files = []
+        pickled = sorted(name for name in files if any(Path(name).match(pattern) for pattern in PICKLES) and "/" not in name)
+        raise CheckpointError(how_to_convert(hub_id, pickled) if pickled else f"{hub_id} holds no safetensors")
+    return Path(found)
 
 
 def _check_dtype(dtype: DTypeLike | None) -> None:
@@ -145,63 +177,30 @@ def _match(files: TensorFiles, expected: Mapping[str, Slot], config: ModelConfig
     def stored(name: str) -> str:
         return name.removeprefix(prefix) if bare else name
 
-    problems, found = [], {}
+    problems, found = list(files.problems), {}
     for name, slot in expected.items():
-        if stored(name) not in files.names:
-            problems += [] if slot.row.copy else [f"{stored(name)} {list(slot.shape)} is missing"]
+        given = slot.row.alias if slot.row.alias in files.names else stored(name)
+        if given not in files.names:
+            problems += [] if slot.row.copy else [f"{given} {list(slot.shape)} is missing"]
             continue
-        found[name] = stored(name)
-        shape, kind = files.shape(stored(name)), files.dtype(stored(name))
-        if shape != slot.shape:
-            problems.append(f"{stored(name)} has shape {list(shape)}, but config.json asks for {list(slot.shape)}")
-        if kind not in STORED_DTYPES:
-            problems.append(f"{stored(name)} is stored as {kind}: supported are {', '.join(STORED_DTYPES)}")
+        found[name] = given
+        if given not in files.unknown:
+            problems += _misfits(given, files.tensors[given], slot)
     known = set(found.values()) | {stored(name) for name in buffer_names(config)}
-    problems += [f"{name} {list(files.shape(name))} belongs to no parameter" for name in sorted(files.names - known)]
+    extra = sorted(files.names - files.unknown - known)
+    problems += [f"{name} {list(files.tensors[name].shape)} belongs to no parameter" for name in extra]
     if problems:
         raise CheckpointError.listing(f"the weights do not fit the {config.family} model of config.json:", problems)
     return found
 
 
-def _read(
-    files: TensorFiles,
-    expected: Mapping[str, Slot],
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-) -> dict[str, Array]:
-    """All parameters by path. Beside the model itself, one stack at a time is held on the host."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        if not expected[name].row.copy:
-            rows.setdefault(expected[name].row.paths, []).append(name)
-    values: dict[str, Array] = {}
-    problems: list[str] = []
-    for paths, members in rows.items():
-        stacks = [np.empty(shapes[path], dtype) for path in paths]
-        for name in members:
-            tensor = _cast(files.read(names[name]), names[name], dtype, problems)
-            for stack, part in zip(stacks, expected[name].unpack(tensor), strict=True):
-                stack[... if expected[name].layer is None else expected[name].layer] = part
-        values |= {path: jnp.asarray(stack) for path, stack in zip(paths, stacks, strict=True)}
-    for name in names:
-        if expected[name].row.copy:
-            tensor = _cast(files.read(names[name]), names[name], dtype, problems)
-            if not np.array_equal(tensor, np.asarray(values[expected[name].row.paths[0]])):
-                problems.append(f"{names[name]} differs from the embedding, but config.json ties them")
-    if problems:
-        raise CheckpointError.listing("the weights cannot be used:", problems)
-    return values
-
-
-def _cast(tensor: np.ndarray, name: str, dtype: np.dtype, problems: list[str]) -> np.ndarray:
-    with np.errstate(over="ignore"):  # reported below, by name
-        cast = tensor.astype(dtype, copy=False)
-    bad = cast.size - int(np.isfinite(cast).sum())
-    if bad:
-        stored_bad = tensor.size - int(np.isfinite(tensor).sum())
-        if stored_bad:
-            problems.append(f"{name} holds {stored_bad} NaN or infinite values")
-        if bad > stored_bad:
-            problems.append(f"{name} holds {bad - stored_bad} values too large for {dtype}")
-    return cast
+def _misfits(name: str, tensor: StoredTensor, slot: Slot) -> list[str]:
+    problems = []
+    if tensor.shape != slot.shape:
+        problems.append(f"{name} has shape {list(tensor.shape)}, but config.json asks for {list(slot.shape)}")
+    if tensor.kind not in STORED_DTYPES:
+        supported = ", ".join(STORED_DTYPES)
+        problems.append(
+            f"{name} is stored as {tensor.kind}: supported are {supported}; of a quantized model load the original"
+        )
+    return problems

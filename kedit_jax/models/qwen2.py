@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from kedit_jax.models.config import Biases, ModelConfig
+from kedit_jax.models.config import Biases, LocalAttention, ModelConfig
 from kedit_jax.models.family import Family
 from kedit_jax.models.fields import Fields
-from kedit_jax.models.llama import read_gated, weights, write_gated
+from kedit_jax.models.llama import INVERSE_FREQUENCIES, read_gated, weights, write_gated
+from kedit_jax.models.windows import read_windows, write_windows
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """What this family computes, from the fields of its config.json; what is not implemented is refused."""
-    fields.must_be("use_sliding_window", False, why="every layer attends to all earlier tokens")
-    fields.must_be_all("layer_types", "full_attention", why="every layer attends to all earlier tokens")
-    return read_gated(fields, "qwen2", Biases(qkv=True))
+    return read_gated(fields, "qwen2", Biases(qkv=True), local=read_qwen_windows(fields))
+
+
+def read_qwen_windows(fields: Fields) -> LocalAttention | None:
+    """Windows in the upper layers, and only where they are switched on: `sliding_window` is set in either case."""
+    if not fields.flag("use_sliding_window", False):
+        fields.must_be_all("layer_types", "full_attention", why="use_sliding_window is not set")
+        return None
+    first = fields.integer("max_window_layers", minimum=0)
+    return read_windows(fields, lambda layer: layer >= first)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that `read_config` reads this configuration back from."""
-    return {**write_gated(config), "use_sliding_window": False}
+    return {**write_gated(config), **write_qwen_windows(config)}
+
+
+def write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
+    """The fields that `read_qwen_windows` reads."""
+    local = config.local
+    first = config.n_layers if local is None else local.layers.index(True)
+    return {"use_sliding_window": local is not None, "max_window_layers": first, **write_windows(config)}
 
 
 QWEN2 = Family(
@@ -29,5 +44,5 @@ QWEN2 = Family(
     read_config=read_config,
     write_config=write_config,
     weights=weights,
-    buffers=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
+    buffers=INVERSE_FREQUENCIES,
 )

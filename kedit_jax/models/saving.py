@@ -13,9 +13,8 @@ from jaxtyping import DTypeLike
 from safetensors.numpy import save_file
 
 from kedit_jax.errors import CheckpointError, NonFiniteError
-from kedit_jax.models.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from kedit_jax.models.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, STORED_DTYPES
 from kedit_jax.models.decoder import Decoder
-from kedit_jax.models.loading import STORED_DTYPES
 from kedit_jax.models.parameters import named_parameters
 from kedit_jax.models.registry import config_to_json
 from kedit_jax.models.table import slots

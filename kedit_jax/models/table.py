@@ -26,12 +26,17 @@ class Slot:
         """The parameters of one layer that the tensor holds, in the order of the row's paths."""
         if self.row.transpose:
             tensor = tensor.T
-        return np.split(tensor, np.cumsum(self.widths)[:-1], axis=-1)
+        if len(self.widths) == 1:
+            return [tensor]
+        grouped = tensor.reshape(*tensor.shape[:-1], self.row.groups, -1)
+        parts = np.split(grouped, np.cumsum([width // self.row.groups for width in self.widths])[:-1], axis=-1)
+        return [part.reshape(*tensor.shape[:-1], -1) for part in parts]
 
     def pack(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The tensor again, from whole parameters by path."""
         parts = [values[path] if self.layer is None else values[path][self.layer] for path in self.row.paths]
-        tensor = np.concatenate(parts, axis=-1)
+        grouped = [part.reshape(*part.shape[:-1], self.row.groups, -1) for part in parts]
+        tensor = np.concatenate(grouped, axis=-1).reshape(*parts[0].shape[:-1], -1)
         return np.ascontiguousarray(tensor.T if self.row.transpose else tensor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -15,8 +16,9 @@ from jax import lax
 from oracle_models import padded, quick_jit
 
 from kedit_jax.errors import KeditError
-from kedit_jax.models import KV, Decoder, ModelConfig, causal_mask, gpt2_config, load_model, positions_of
-from kedit_jax.models.layers import attend
+from kedit_jax.models import KV, Decoder, ModelConfig, causal_mask, generate, gpt2_config, load_model, positions_of
+from kedit_jax.models.config import LocalAttention
+from kedit_jax.models.layers import attend, windowed
 from kedit_jax.models.loading import abstract_decoder
 from kedit_jax.models.parameters import named_parameters
 from kedit_jax.models.registry import config_from_json
@@ -47,8 +49,10 @@ def test_segments_compose_to_the_whole(gpt2):
     assert np.abs(np.asarray(whole[0]) - np.asarray(h))[valid].max() > 0.1
 
 
-def test_past_and_rest_equal_the_whole_pass(pairs):
-    model = pairs["llama-3.1"].model
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma3"])
+def test_past_and_rest_equal_the_whole_pass(pairs, name):
+    """With sliding windows, too, whose distances go back into the past."""
+    model = pairs[name].model
     tokens, positions, mask, valid = _inputs(model)
     cut = 6
 
@@ -59,12 +63,66 @@ def test_past_and_rest_equal_the_whole_pass(pairs):
         _, _, past = model.prefill(h[:, :cut], 1, 3, positions=positions[:, :cut], mask=mask[:, :cut, :cut])
         rest = model.prefill(h[:, cut:], 1, 3, positions=positions[:, cut:], mask=mask[:, cut:], past=past)
         forgetful = model.run_layers(h[:, cut:], 1, 3, positions=positions[:, cut:], mask=mask[:, cut:, cut:])
-        return (whole[:, cut:], keys[:, :, cut:], KV(kv.k[:, :, cut:], kv.v[:, :, cut:])), rest, forgetful
+        return (whole[:, cut:], keys[:, :, cut:], jax.tree.map(lambda part: part[:, :, cut:], kv)), rest, forgetful
 
     whole, rest, forgetful = both(model)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(rest), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(whole[0]) - np.asarray(forgetful[0]))[valid[:, cut:]].max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma3"])
+def test_the_last_layer_at_some_tokens(pairs, name):
+    """`run_last` gives what the whole layer gives in these columns, behind a past or not."""
+    model = pairs[name].model
+    tokens, positions, mask, _ = _inputs(model, "right")
+    at, cut = jnp.array([[8, 5], [4, 3], [1, 1]]), 1
+
+    @quick_jit
+    def both(model: Decoder) -> Any:
+        h, _ = model.run_layers(model.embed(tokens, positions), 0, 2, positions=positions, mask=mask)
+        whole, _ = model.run_layers(h, 2, 3, positions=positions, mask=mask)
+        alone = model.run_last(h, positions=positions, mask=mask, at=at)
+        _, _, past = model.prefill(h[:, :cut], 2, 3, positions=positions[:, :cut], mask=mask[:, :cut, :cut])
+        behind = model.run_last(h[:, cut:], positions=positions[:, cut:], mask=mask[:, cut:], at=at - cut, past=past)
+        return jnp.take_along_axis(whole, at[:, :, None], axis=1), alone, behind
+
+    expected, alone, behind = both(model)
+    np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(behind, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_go_by_position():
+    """Not by column: the past may lie anywhere before, and padding takes no place."""
+    mask = np.ones((1, 2, 5), bool)
+    seen = windowed(jnp.asarray(mask), jnp.array([[7, 8]]), jnp.array([[6, 2, 5, 7, 8]]), 3)
+    np.testing.assert_array_equal(seen, [[[1, 0, 1, 1, 1], [1, 0, 0, 1, 1]]])
+
+
+def test_a_window_needs_the_positions_of_the_past(pairs):
+    model = pairs["gemma3"].model
+    tokens, positions, mask, _ = _inputs(model)
+    h = model.embed(tokens, positions)
+    past = KV(*2 * [jnp.zeros((1, 3, 2, 1, 14))])
+    mask = jnp.ones((3, 9, 11), bool)
+    with pytest.raises(KeditError, match="`past` holds no positions, which sliding windows need: take it from `prefill`"):
+        model.run_layers(h, 0, 1, positions=positions, mask=mask, past=past)
+    model.run_layers(h, 1, 2, positions=positions, mask=mask, past=past)  # a global layer
+    empty = KV(*2 * [jnp.zeros((0, 3, 2, 1, 14))], positions=jnp.zeros((0, 3, 2), jnp.int32))
+    same, _ = model.run_layers(h, 1, 1, positions=positions, mask=mask, past=empty)
+    np.testing.assert_array_equal(same, h)
+
+
+def test_long_rope_ends_where_its_short_factors_do(pairs):
+    """Beyond, other factors hold for all of the sequence: NaN rather than a wrong answer; `generate` says so before."""
+    model = pairs["phi3-longrope"].model
+    limit = model.config.position_limit
+    assert limit == 23
+    tokens = jnp.asarray(np.random.default_rng(0).integers(5, 59, (1, limit + 1)), jnp.int32)
+    assert np.isfinite(model(tokens[:, :limit])).all()
+    assert np.isnan(model(tokens)).all()
+    with pytest.raises(KeditError, match="25 positions are needed, but the model computes LongRoPE for 23"):
+        generate(model, tokens[:, :limit], jnp.ones((1, limit), bool), 3, key=jax.random.key(0))
 
 
 def test_gradient_through_segments_is_that_of_the_whole(gpt2):
@@ -155,7 +213,7 @@ def _dtypes(jaxpr: Any) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama-3.1"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama-3.1", "gemma2", "gemma3", "phi3-longrope"])
 def test_a_float64_model_is_float64_throughout(pairs, name):
     with jax.enable_x64(True):
         model = load_model(pairs[name].directory, dtype=jnp.float64)
@@ -166,8 +224,9 @@ def test_a_float64_model_is_float64_throughout(pairs, name):
     assert _dtypes(jax.make_jaxpr(lambda model: model(tokens32))(pairs[name].model).jaxpr) == {"float32"}
 
 
-def test_bfloat16_products_accumulate_in_float32(pairs):
-    model = load_model(pairs["llama-3.1"].directory, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("name", ["llama-3.1", "gemma2"])
+def test_bfloat16_products_accumulate_in_float32(pairs, name):
+    model = load_model(pairs[name].directory, dtype=jnp.bfloat16)
     assert model.dtype == jnp.bfloat16
     tokens, positions, mask, valid = _inputs(model)
 
@@ -194,9 +253,12 @@ def test_bfloat16_products_accumulate_in_float32(pairs):
     assert error < 0.03  # a residual stream of 8 bits
 
 
-def test_unused_outputs_and_weights_cost_no_memory():
-    """The gradient in h of a suffix holds neither the layers' keys nor a copy of their weights."""
+@pytest.mark.parametrize("windows", [False, True])
+def test_unused_outputs_and_weights_cost_no_memory(windows):
+    """The gradient in h of a suffix holds neither the layers' keys nor a copy of their weights, with or without windows."""
     config = gpt2_config(vocab_size=64, n_layers=4, d_model=64, n_heads=4, d_ff=1024, max_positions=32)
+    if windows:
+        config = dataclasses.replace(config, local=LocalAttention(3, (True, False, True, False)), one_plus_scale=True)
     model = abstract_decoder(config)
     tokens = jnp.ones((4, 16), jnp.int32)
     valid = jnp.ones(tokens.shape, bool)
@@ -252,6 +314,83 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "tie_word_embeddings": False,
         },
         6_050_882_784,
+    ),
+    "llama-3-8b": (
+        {
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": None,
+            "tie_word_embeddings": False,
+        },
+        8_030_261_248,
+    ),
+    "llama-3.1-70b": (
+        {
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+            "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "hidden_act": "silu",
+            "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3_SCALING, "tie_word_embeddings": False,
+        },
+        70_553_706_496,
+    ),
+    "pythia-6.9b": (
+        {
+            "model_type": "gpt_neox", "vocab_size": 50432, "hidden_size": 4096, "intermediate_size": 16384,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "gelu", "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": True,
+            "tie_word_embeddings": False,
+        },
+        6_857_302_016,
+    ),
+    "mistral-7b": (
+        {
+            "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096,
+            "tie_word_embeddings": False,
+        },
+        7_241_732_096,
+    ),
+    "qwen3-8b": (
+        {
+            "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+            "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+            "hidden_act": "silu", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+            "rope_scaling": None, "sliding_window": None, "use_sliding_window": False, "max_window_layers": 36,
+            "attention_bias": False, "tie_word_embeddings": False,
+        },
+        8_190_735_360,
+    ),
+    "gemma-2-9b": (
+        {
+            "model_type": "gemma2", "vocab_size": 256000, "hidden_size": 3584, "intermediate_size": 14336,
+            "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+            "sliding_window_size": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            "attention_bias": False, "cache_implementation": "hybrid",
+        },
+        9_241_705_984,
+    ),
+    "gemma-3-1b": (
+        {
+            "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912,
+            "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None, "query_pre_attn_scalar": 256,
+            "sliding_window": 512, "sliding_window_pattern": 6, "attn_logit_softcapping": None,
+            "final_logit_softcapping": None, "attention_bias": False,
+        },
+        999_885_952,
+    ),
+    "phi-3-mini-4k": (
+        {
+            "model_type": "phi3", "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "hidden_act": "silu",
+            "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "rope_scaling": None, "sliding_window": 2047, "tie_word_embeddings": False,
+        },
+        3_821_079_552,
     ),
     "llama-3.1-8b": (
         {

@@ -10,7 +10,7 @@ import numpy as np
 import oracle_models
 import pytest
 import torch
-from oracle_models import TOLERANCE, altered, padded, quick_jit, torch_outputs
+from oracle_models import ONE_A_FAMILY, TOLERANCE, altered, padded, quick_jit, torch_layers, torch_outputs
 
 from kedit_jax.models import (
     Decoder,
@@ -29,6 +29,16 @@ def outputs(model: Decoder, tokens: jax.Array, valid: jax.Array) -> tuple[jax.Ar
     h = model.embed(tokens, positions)
     h, keys = model.run_layers(h, 0, model.config.n_layers, positions=positions, mask=causal_mask(valid))
     return model.logits(h), keys
+
+
+@quick_jit
+def layer_outputs(model: Decoder, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    """The residual stream after each layer, run one by one as an editor does."""
+    positions, mask = positions_of(valid), causal_mask(valid)
+    streams = [model.embed(tokens, positions)]
+    for layer in range(model.config.n_layers):
+        streams.append(model.run_layers(streams[-1], layer, layer + 1, positions=positions, mask=mask)[0])
+    return jnp.stack(streams[1:])
 
 
 jit_outputs = jax.jit(outputs)
@@ -61,6 +71,38 @@ def test_logits_and_keys(pair, side, record_property):
     assert difference <= TOLERANCE
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_hidden_states_layer_by_layer(pair, bos, record_property):
+    """And logits and keys behind a BOS token, in programs that are compiled anyway."""
+    tokens, valid = padded(pair.model.config.vocab_size, "left", bos=bos)
+    expected = torch_layers(pair.name, pair.oracle, tokens, valid)
+    logits, keys = jit_outputs(pair.model, jnp.asarray(tokens), jnp.asarray(valid))
+    hidden = layer_outputs(pair.model, jnp.asarray(tokens), jnp.asarray(valid))
+    for name, found in (("logits", logits), ("keys", keys), ("hidden", hidden)):
+        wanted = getattr(expected, name)
+        assert found.shape == wanted.shape
+        difference = np.abs(np.asarray(found) - wanted)[..., valid, :].max()
+        record_property(name, float(difference))
+        assert difference <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_padding_sides_give_the_same_scores(pair, bos):
+    """The log probability of every next token of a prompt, however it is padded."""
+
+    def scores(side: str) -> np.ndarray:
+        tokens, valid = padded(pair.model.config.vocab_size, side, bos=bos)
+        logits, _ = jit_outputs(pair.model, jnp.asarray(tokens), jnp.asarray(valid))
+        log_p = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+        next_ones = np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=-1)[..., 0]
+        return next_ones[valid[:, :-1] & valid[:, 1:]]
+
+    left, right = scores("left"), scores("right")
+    assert left.size == 8 + 4 + 1
+    np.testing.assert_allclose(left, right, atol=2e-5)
+    assert np.ptp(left) > 1
+
+
 def test_padding_does_not_reach_the_logits(gpt2):
     """Whatever the padding id is, even one outside the vocabulary."""
     tokens, valid = padded(gpt2.model.config.vocab_size, "left")
@@ -71,7 +113,7 @@ def test_padding_does_not_reach_the_logits(gpt2):
     np.testing.assert_array_equal(*new)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama-3.1", "qwen2"])
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_greedy_generation(pairs, name):
     pair = pairs[name]
     tokens, valid = padded(pair.model.config.vocab_size, "left")
@@ -92,7 +134,7 @@ def test_greedy_generation(pairs, name):
         np.testing.assert_array_equal(new, expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama-3.1"])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama-3.1", "gemma3"])
 def test_gradient_of_the_down_kernels(pairs, name):
     pair = pairs[name]
     tokens, valid = padded(pair.model.config.vocab_size, "right")
@@ -152,6 +194,19 @@ def _rope(**values: Any) -> Any:
         ("llama-3.1", _rope(original_max_position_embeddings=31)),
         ("qwen2", _set(rms_norm_eps=1e-6)),
         ("qwen2", _rope(rope_theta=10000.0)),
+        ("gpt-neox", _rope(partial_rotary_factor=0.5)),
+        ("gpt-neox", _set(use_parallel_residual=False)),
+        ("mistral", _set(sliding_window=5)),
+        ("mistral", _set(sliding_window=None)),
+        ("qwen2-windowed", _set(layer_types=["full_attention", "full_attention", "sliding_attention"])),
+        ("gemma2", _set(layer_types=["full_attention", "sliding_attention", "sliding_attention"])),
+        ("gemma2", _set(query_pre_attn_scalar=10)),
+        ("gemma2", _set(attn_logit_softcapping=None)),
+        ("gemma2", _set(final_logit_softcapping=None)),
+        ("gemma3", _rope(sliding_attention={"rope_type": "default", "rope_theta": 10000.0})),
+        ("gemma3", _rope(full_attention={"rope_type": "default", "rope_theta": 7 * 777.0})),
+        ("phi3-longrope", _rope(short_factor=[1.0, 1.3, 2.1, 3.5])),
+        ("phi3-longrope", _set(original_max_position_embeddings=24)),
     ],
 )
 def test_control_a_changed_field_breaks_parity(pairs, tmp_path, name, change):
@@ -167,6 +222,13 @@ def test_control_a_changed_field_breaks_parity(pairs, tmp_path, name, change):
         ("gptj", "transformer.h.1.attn.q_proj.weight", "transformer.h.1.attn.k_proj.weight"),
         ("qwen2", "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"),
         ("llama-3.1", "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"),
+        ("gpt-neox", "gpt_neox.layers.0.input_layernorm.weight", "gpt_neox.layers.0.post_attention_layernorm.weight"),
+        ("qwen3", "model.layers.1.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight"),
+        (
+            "gemma2",
+            "model.layers.1.post_attention_layernorm.weight",
+            "model.layers.1.post_feedforward_layernorm.weight",
+        ),
     ],
 )
 def test_control_swapped_weights_break_parity(pairs, tmp_path, name, first, second):
