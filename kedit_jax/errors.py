@@ -24,6 +24,10 @@ class SessionError(KeditError):
     """A stored editing session that cannot be read, written, or used with this model."""
 
 
+class ExportError(KeditError):
+    """An export that cannot be made as asked, or cannot be written; nothing of it stays behind."""
+
+
 class SolverError(KeditError):
     """An edit problem without a well-defined solution."""
 

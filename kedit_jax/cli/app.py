@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from threadpoolctl import threadpool_limits
 
 from kedit_jax.checkpoint import has_session, read_manifest, save_session
 from kedit_jax.cli import history, show
@@ -29,6 +28,7 @@ from kedit_jax.cli.common import (
     read_facts,
 )
 from kedit_jax.cli.demo import demo
+from kedit_jax.cli.export import export
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, moments_path
@@ -52,7 +52,7 @@ Corpus = Annotated[Path | None, typer.Option(help="text such as the model was tr
 Layers = Annotated[str | None, typer.Option(help="layers to edit, as 3,4,5; 0 is the first")]
 MaxTokens = Annotated[int | None, typer.Option(help="of the corpus; about 10 x the key width is enough", min=1)]
 
-COMMANDS = (demo, verify, inspect, doctor)
+COMMANDS = (demo, verify, inspect, doctor, export)
 for command in (*COMMANDS, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
     app.command()(command)
 
@@ -186,7 +186,10 @@ def _few_blas_threads() -> AbstractContextManager[object]:
     """On few cores one BLAS thread, unless the user has chosen: more spin beside XLA's and triple the solver's time."""
     if (os.cpu_count() or 1) > FEW_CORES or "OPENBLAS_NUM_THREADS" in os.environ:
         return nullcontext()
-    return threadpool_limits(limits=1, user_api="blas")
+    from threadpoolctl import threadpool_limits  # importing it sets an environment variable
+
+    limited: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limited
 
 
 def _layers(text: str) -> tuple[int, ...]:

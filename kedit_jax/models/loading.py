@@ -35,7 +35,7 @@ from kedit_jax.models.table import Slot, buffer_names, slots
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_NOT_NEEDED = ["*/*", "consolidated*"]  # folders, and Mistral's second copy of the weights
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # weights, configuration, tokenizers: nothing executable
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # nothing executable
 
 
 def load_model(
@@ -60,7 +60,7 @@ def load_model(
     shapes = {path: value.shape for path, value in named_parameters(abstract).items()}
     expected = slots(config, shapes)
     files = TensorFiles(directory)
-    names = _match(files, expected, config)
+    names = match_tensors(files, expected, config)
     sources = {stored: (expected[name], files.tensors[stored]) for name, stored in names.items()}
     kinds = [STORED_DTYPES[tensor.kind] for _, tensor in sources.values()]
     target = np.dtype(jnp.result_type(*kinds)) if dtype is None else np.dtype(dtype)
@@ -169,7 +169,7 @@ def _check_dtype(dtype: DTypeLike | None) -> None:
         raise CheckpointError(f"dtype is {np.dtype(dtype)}: load the model inside `with jax.enable_x64(True):`")
 
 
-def _match(files: TensorFiles, expected: Mapping[str, Slot], config: ModelConfig) -> dict[str, str]:
+def match_tensors(files: TensorFiles, expected: Mapping[str, Slot], config: ModelConfig) -> dict[str, str]:
     """The stored name of every expected tensor, checked both ways against the headers of the files."""
     prefix = FAMILIES[config.family].prefix
     bare = not any(name.startswith(prefix) for name in files.names)
