@@ -24,7 +24,17 @@ from kedit_jax.editing import (
     undo,
 )
 from kedit_jax.errors import KeditError
-from kedit_jax.evaluation import Evaluation, Record, evaluate, parse_records, prepare, prepare_texts, read_records
+from kedit_jax.evaluation import (
+    Evaluation,
+    Record,
+    evaluate,
+    parse_records,
+    prepare,
+    prepare_texts,
+    read_records,
+    write_records,
+)
+from kedit_jax.export import export_adapter, export_merged, load_delta, plan_adapter, save_delta
 from kedit_jax.models import Decoder, ModelConfig, generate, load, load_model, load_tokenizer, model_fingerprint, save_model
 
 __all__ = [
@@ -50,15 +60,19 @@ __all__ = [
     "difference",
     "equivalence_error",
     "evaluate",
+    "export_adapter",
+    "export_merged",
     "generate",
     "key_drift",
     "load",
+    "load_delta",
     "load_model",
     "load_session",
     "load_tokenizer",
     "merge",
     "model_fingerprint",
     "parse_records",
+    "plan_adapter",
     "prepare",
     "prepare_texts",
     "read_records",
@@ -66,8 +80,10 @@ __all__ = [
     "read_settings",
     "relative_error",
     "revert_edits",
+    "save_delta",
     "save_model",
     "save_session",
     "start_session",
     "undo",
+    "write_records",
 ]
