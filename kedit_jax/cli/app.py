@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,19 @@ from rich.markup import escape
 from kedit_jax.checkpoint import has_session, read_manifest, save_session
 from kedit_jax.cli import history, show
 from kedit_jax.cli.common import (
+    Columns,
     Conflicts,
     Dtype,
     Model,
     MomentsDir,
     Session,
+    Sha256,
+    ZsreTarget,
     console,
     lines,
     load_for,
     open_session,
+    parse_layers,
     read_facts,
 )
 from kedit_jax.cli.demo import demo
@@ -32,12 +35,12 @@ from kedit_jax.cli.export import export
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, moments_path
-from kedit_jax.editing.presets import PRESETS, check_preset, derive_settings, read_settings
+from kedit_jax.editing.presets import PRESETS, assigned, check_preset, derive_settings, overridden, read_settings
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.session import EditSession, start_session
+from kedit_jax.editing.session import EditSession, check_editable, start_session
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
-from kedit_jax.evaluation import UNEDITED, evaluate, prepare, prepare_texts, read_records, table
+from kedit_jax.evaluation import UNEDITED, Record, evaluate, prepare, prepare_texts, table
 from kedit_jax.models import Decoder, load
 from kedit_jax.solve.postprocess import POSTS
 from kedit_jax.solve.sequences import MODES
@@ -46,6 +49,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit facts in language models."
 )
 FEW_CORES = 4
+SHOWN = 10  # proposed subjects
+NULL_SPACE = {"null_threshold", "null_relative", "null_rank"}
 INTERRUPTED = 130  # the exit status that typer gives to an interrupt from the keyboard
 
 Corpus = Annotated[Path | None, typer.Option(help="text such as the model was trained on, a document a line")]
@@ -68,7 +73,8 @@ def stats(
 ) -> None:
     """Compute the second moments of a model's keys over a corpus, once, for all edits to come."""
     decoder, tokenizer = load(model, dtype=dtype)
-    found = _compute(decoder, tokenizer, corpus, _layers(layers), moments, max_tokens)
+    check_editable(decoder.config)
+    found = _compute(decoder, tokenizer, corpus, parse_layers(layers), moments, max_tokens)
     console.print(
         f"second moments of layers {layers} over {found.tokens:,} tokens: "
         f"{escape(str(moments_path(moments, found.fingerprint(tuple(found.by_layer)))))}"
@@ -80,7 +86,9 @@ def edit(
     model: Model,
     facts: Annotated[str, typer.Argument(help="JSONL of prompt (with one {}), subject, target; or a data set, CSV, TSV")],
     session: Session,
-    columns: Annotated[str | None, typer.Option(help="of a table: prompt=Sentence,target=Correct,subject=Name")] = None,
+    columns: Columns = None,
+    sha256: Sha256 = None,
+    zsre_target: ZsreTarget = "answers",
     corpus: Corpus = None,
     settings: Annotated[Path | None, typer.Option(help="YAML or JSON file of settings, ours or EasyEdit's")] = None,
     preset: Annotated[str | None, typer.Option(help=f"published settings: {', '.join(PRESETS)}")] = None,
@@ -99,6 +107,9 @@ def edit(
     conflicts: Conflicts = None,
     similarity: Annotated[float | None, typer.Option(help="facts conflict whose keys have this cosine, too")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list what conflicts would lead to, and write nothing")] = False,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="any other setting, as values.learning_rate=0.1; may be repeated")
+    ] = None,
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(help="facts a step", min=1)] = 100,
     moments: MomentsDir = None,
@@ -108,10 +119,10 @@ def edit(
 
     Run the same command again to go on: facts that the session holds already are skipped.
     """
-    wanted = read_facts(facts, columns)
-    options = {"editor": editor, "layers": layers and _layers(layers), "moment_weight": moment_weight, "ridge": ridge}
+    wanted = _requests(read_facts(facts, columns, sha256, zsre_target))
+    options = {"editor": editor, "layers": layers and parse_layers(layers), "moment_weight": moment_weight, "ridge": ridge}
     options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
-    options |= {"history": mode, "post": post, "compensate": compensate}
+    options |= {"history": mode, "post": post, "compensate": compensate} | assigned(assign or [])
     folder = moments or session / "moments"
     if has_session(session):
         _check_same_settings(session, settings, preset, options)
@@ -122,7 +133,8 @@ def edit(
         if corpus is None:
             raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
         decoder, tokenizer = load(model, dtype=dtype)
-        if preset is not None and settings is None:
+        check_editable(decoder.config)
+        if preset is not None:
             check_preset(preset, decoder.config)
         if chosen is None:
             chosen = _with_options(derive_settings(decoder.config), options)
@@ -147,14 +159,16 @@ def evaluate_command(
     heldout: Annotated[Path | None, typer.Option(help="text for the perplexity, a document a line")] = None,
     moments: MomentsDir = None,
     dtype: Dtype = None,
-    sha256: Annotated[str | None, typer.Option(help="checksum of the records; needed for hf://...")] = None,
+    columns: Columns = None,
+    sha256: Sha256 = None,
+    zsre_target: ZsreTarget = "answers",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here, too")] = None,
 ) -> None:
     """Efficacy, generalization, specificity and more of the unedited model and of a session's."""
     if json_file is not None:
         show.check_writable(json_file)
     decoder, tokenizer = load(model, dtype=dtype) if session is None else load_for(session, model, dtype)
-    prepared = prepare(read_records(records, sha256=sha256), tokenizer)
+    prepared = prepare(read_facts(records, columns, sha256, zsre_target), tokenizer)
     texts = None
     if heldout is not None:
         texts = prepare_texts(lines(heldout), tokenizer, max_length=decoder.config.max_positions)
@@ -192,11 +206,16 @@ def _few_blas_threads() -> AbstractContextManager[object]:
     return limited
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise KeditError(f"{text!r} is no list of layers; write numbers such as 3,4,5") from error
+def _requests(records: list[Record]) -> list[EditRequest]:
+    """What the records ask for; subjects that were proposed are shown, for a person to look at."""
+    proposed = [record for record in records if record.subject_proposed]
+    for record in proposed[:SHOWN]:
+        console.print(f"  proposed subject {escape(repr(record.subject))} in {escape(repr(record.rewrite_prompt))}")
+    if proposed:
+        console.print(
+            f"{len(proposed)} of {len(records)} facts name no subject; it was proposed from prompt and paraphrases"
+        )
+    return [record.request() for record in records]
 
 
 def _compute(
@@ -210,6 +229,8 @@ def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     """Settings of a new session: from a file, a preset, or the layers alone, overridden by the options; None for none."""
     if preset is not None and preset not in PRESETS:
         raise KeditError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if file is not None and preset is not None:
+        raise KeditError("--settings and --preset both say everything; give one of them, and single options beside it")
     if file is not None:
         read = read_settings(file)
         if read.unused:
@@ -224,10 +245,10 @@ def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) ->
 
 def _with_options(settings: EditSettings, options: dict[str, Any]) -> EditSettings:
     given = {name: value for name, value in options.items() if value is not None}
-    if "null_threshold" in given:
-        given |= {"null_relative": None, "null_rank": None}
-    settings = replace(settings, **given)
-    _check_used(settings, given)
+    for chosen in set(given) & NULL_SPACE:
+        given |= dict.fromkeys(NULL_SPACE - {chosen})
+    settings = overridden(settings, given)
+    _check_used(settings, [name for name, value in given.items() if value is not None])
     return settings
 
 
@@ -245,7 +266,7 @@ def _check_same_settings(session: Path, file: Path | None, preset: str | None, o
     stored = EditSettings.from_dict(read_manifest(session)["settings"])
     asked = {name: value for name, value in options.items() if value is not None}
     base = (None if file is None and preset is None else _settings(file, preset, options)) or stored
-    wanted = replace(base, **asked).to_dict() | {"layers": tuple(sorted(asked.get("layers", base.layers)))}
+    wanted = overridden(base, asked).to_dict() | {"layers": tuple(sorted(asked.get("layers", base.layers)))}
     differing = [name for name, value in wanted.items() if value != stored.to_dict()[name]]
     if differing:
         raise KeditError(f"the session was begun with other {', '.join(differing)}; leave them out or begin another session")

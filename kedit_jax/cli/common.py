@@ -1,17 +1,18 @@
 """What several commands share: their options, and how they open models and stored sessions."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kedit_jax.checkpoint import load_session, read_manifest
 from kedit_jax.editing.moments import moments_path, read_moments
-from kedit_jax.editing.requests import EditRequest, read_requests
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
-from kedit_jax.evaluation import is_request_file, read_records
+from kedit_jax.evaluation import Record, read_records
 from kedit_jax.models import Decoder, load
 
 console = Console()
@@ -25,6 +26,10 @@ Conflicts = Annotated[
     typer.Option(help="facts that contradict each other: latest, first, merge, reject or keep; latest by default"),
 ]
 
+Columns = Annotated[str | None, typer.Option(help="of a table: prompt=Sentence,target=Correct,subject=Name")]
+Sha256 = Annotated[str | None, typer.Option(help="checksum of the file; needed for hf://...")]
+ZsreTarget = Annotated[str, typer.Option(help="what edits of zsRE write: answers, or alt as EasyEdit does")]
+
 
 def lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises KeditError where it cannot be read."""
@@ -34,16 +39,40 @@ def lines(path: Path) -> list[str]:
         raise KeditError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def read_facts(source: str, columns: str | None = None) -> list[EditRequest]:
-    """Facts to edit: our own JSONL, or any data set that `kedit_jax.evaluation.read_records` knows, a table among them."""
-    if columns is not None:
-        pairs = [part.partition("=") for part in columns.split(",")]
-        if not all(field and column for field, _, column in pairs):
-            raise KeditError(f"columns {columns!r} must be given as field=column, as prompt=Sentence,target=Correct")
-        return [record.request() for record in read_records(source, columns={field: column for field, _, column in pairs})]
-    if is_request_file(source):  # it leaves out ids at will, which a session then gives
-        return read_requests(source)
-    return [record.request() for record in read_records(source)]
+def read_facts(source: str, columns: str | None, sha256: str | None, zsre_target: str) -> list[Record]:
+    """Records from any data set or table that `kedit_jax.evaluation.read_records` knows, told by content."""
+    return read_records(source, columns=parse_columns(columns), sha256=sha256, zsre_target=zsre_target)
+
+
+def say_unused(file: Path, unused: Mapping[str, object]) -> None:
+    """What a file of settings says that means nothing here."""
+    if unused:
+        told = ", ".join(f"{name}={value}" for name, value in unused.items())
+        console.print(f"not used of {escape(str(file))}: {escape(told)}")
+
+
+def parse_columns(text: str | None) -> dict[str, str | list[str]] | None:
+    """field=column pairs; a field named several times takes several columns. Raises KeditError."""
+    if text is None:
+        return None
+    found: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, equals, column = part.partition("=")
+        if not (name.strip() and equals and column.strip()):
+            raise KeditError(f"columns {text!r} must be given as field=column, as prompt=Sentence,target=Correct")
+        found.setdefault(name.strip(), []).append(column.strip())
+    return {name: columns[0] if len(columns) == 1 else columns for name, columns in found.items()}
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers, each once. Raises KeditError."""
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise KeditError(f"{text!r} is no list of layers; write numbers such as 3,4,5") from error
+    if len(set(layers)) < len(layers):
+        raise KeditError(f"layers {text} name one twice")
+    return layers
 
 
 def load_for(session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:

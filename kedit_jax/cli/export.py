@@ -14,7 +14,7 @@ from kedit_jax.export import VLLM_RANKS, export_adapter, export_merged, plan_ada
 
 FORMS = ("merged", "adapter", "delta")
 NOTABLE = 1e-5  # of an update's norm; rounding to float32 loses some 1e-8, to bfloat16 some 1e-3
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def export(
@@ -86,11 +86,11 @@ def _check_options(form: str, **given: object) -> None:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?B?)", text.strip().upper())
-    unit = match and (match[2] if len(match[2]) != 1 or match[2] == "B" else match[2] + "B")
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise KeditError(f"--shard {text!r} is no size; write it as 5GB or 500MB")
-    return int(float(match[1]) * _UNITS["" if unit == "B" else unit])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    if size < 1:
+        raise KeditError(f"--shard {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    return size
 
 
 def _say(what: str, path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -17,12 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from kedit_jax import solve
-from kedit_jax.cli.common import console
+from kedit_jax.cli.common import console, parse_layers
 from kedit_jax.editing.budget import memory_items, total
 from kedit_jax.editing.presets import PRESETS, derive_settings, read_settings
+from kedit_jax.editing.session import check_editable
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.errors import KeditError
-from kedit_jax.models import ModelConfig, abstract_decoder, down_kernel_address, read_config
+from kedit_jax.models import ModelConfig, down_kernel_address, read_config
 
 PACKAGES = (
     "jax",
@@ -51,11 +53,13 @@ def inspect(
         raise KeditError(f"dtype {dtype!r} is none of float32, bfloat16, float16")
     config = read_config(model)
     chosen, origin = _chosen(config, settings, layers)
+    check_editable(config)
     if not all(0 <= layer < config.n_layers for layer in chosen.layers):
         raise KeditError(
             f"layers {', '.join(map(str, chosen.layers))}: the model has layers from 0 to {config.n_layers - 1}"
         )
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_decoder(config)))
+    items = memory_items(config, chosen, facts=facts, batch=batch, dtype=jnp.dtype(dtype))
+    parameters = items[0].size // jnp.dtype(dtype).itemsize
     console.print(
         f"{config.family}: {config.n_layers} layers of width {config.d_model}, {config.n_heads} heads over "
         f"{config.n_kv_heads} of keys and values, vocabulary {config.vocab_size:,}, {_count(parameters)} parameters",
@@ -68,7 +72,6 @@ def inspect(
         highlight=False,
         soft_wrap=True,
     )
-    items = memory_items(config, chosen, facts=facts, batch=batch, dtype=jnp.dtype(dtype))
     table = Table(box=box.SIMPLE, title=f"{facts} facts, {batch} a step, model in {dtype}", title_justify="left")
     table.add_column("memory for")
     table.add_column("where")
@@ -108,7 +111,7 @@ def _findings() -> Iterator[Finding]:
         yield Finding(True, f"device {device.id}: {device.device_kind} ({device.platform}){room}")
     free = _host_memory()
     if free is not None:
-        yield Finding(free > 2**30, f"{free / 2**30:.1f} GiB of host memory are free; the demo takes 2")
+        yield Finding(free > 2 * 2**30, f"{free / 2**30:.1f} GiB of host memory are free; the demo takes 2")
     disk = shutil.disk_usage(Path.cwd()).free
     yield Finding(disk > 2**30, f"{disk / 2**30:.1f} GiB of disk are free in {Path.cwd()}")
     yield from _precision()
@@ -159,13 +162,16 @@ def _error(found: jax.Array | np.ndarray, exact: np.ndarray) -> float:
 
 def _chosen(config: ModelConfig, file: Path | None, layers: str | None) -> tuple[EditSettings, str]:
     """The settings that editing would start from, and where they come from."""
+    own = None if layers is None else parse_layers(layers)
     if file is not None:
-        return read_settings(file).settings, f"from {file}"
-    if layers is not None:
-        try:
-            return EditSettings(tuple(int(part) for part in layers.split(","))), "as asked"
-        except ValueError as error:
-            raise KeditError(f"{layers!r} is no list of layers; write numbers such as 3,4,5") from error
+        read = read_settings(file)
+        if read.unused:
+            console.print(
+                f"not used of {escape(str(file))}: {escape(', '.join(f'{k}={v}' for k, v in read.unused.items()))}"
+            )
+        return (read.settings, f"from {file}") if own is None else (replace(read.settings, layers=own), "as asked")
+    if own is not None:
+        return EditSettings(own), "as asked"
     alike = [
         name
         for name, p in PRESETS.items()

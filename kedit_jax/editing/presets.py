@@ -7,7 +7,7 @@ what a file of EasyEdit says that has no counterpart here is listed, never silen
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def check_preset(name: str, config: ModelConfig) -> None:
     if found != wanted:
         raise KeditError(
             f"preset {name!r} is for {preset.checkpoint} ({wanted[2]}, {wanted[0]} layers of key width {wanted[1]}); this "
-            f"model is {found[2]} with {found[0]} of {found[1]}: leave the preset out to derive settings, or name layers"
+            f"model is {found[2]} with {found[0]} of {found[1]}: leave the preset out; settings are then derived"
         )
 
 
@@ -115,6 +115,35 @@ def derive_settings(config: ModelConfig) -> EditSettings:
     top = max(0, min(config.n_layers - 1, round(0.28 * config.n_layers)))
     count = max(1, min(5, config.n_layers // 4))
     return EditSettings(tuple(range(max(0, top - count + 1), top + 1)), null_relative=1e-3, values=_VALUES)
+
+
+def overridden(settings: EditSettings, changes: Mapping[str, Any]) -> EditSettings:
+    """The settings with others in their place, by name; `values.NAME` is one of `settings.values`.
+
+    Raises:
+        KeditError: names that are no settings, or settings that cannot be used.
+    """
+    stored = settings.to_dict()
+    for name, value in changes.items():
+        if name.startswith("values."):
+            stored["values"][name.removeprefix("values.")] = value
+        else:
+            stored[name] = value
+    return EditSettings.from_dict(_plain(stored))
+
+
+def assigned(texts: Sequence[str]) -> dict[str, Any]:
+    """Changes written as NAME=VALUE, values as in YAML. Raises KeditError."""
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            changes[name.strip()] = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise KeditError(f"{text!r} has no value that can be read: {error}") from error
+        if not (name.strip() and equals):
+            raise KeditError(f"{text!r} is no setting; write it as NAME=VALUE, as values.learning_rate=0.1")
+    return changes
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Layout, lay_out
 from kedit_jax.editing.values import Values, optimise_values
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
-from kedit_jax.models import Decoder, down_kernel_address, model_fingerprint
+from kedit_jax.models import Decoder, ModelConfig, down_kernel_address, model_fingerprint
 
 Progress = Callable[[str, int, int], None]
 
@@ -449,6 +449,15 @@ class StoredLayer:
     base: histories.Compacted | None = None
 
 
+def check_editable(config: ModelConfig) -> None:
+    """Raise a SessionError for models whose down projections do not write into the residual stream directly."""
+    if config.post_norms:
+        raise SessionError(
+            f"{config.family} norms what a down projection puts out before it joins the residual stream, so a kernel alone "
+            "cannot reach the change that an edit needs: such models are loaded, scored and run, but not edited"
+        )
+
+
 def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: EditSettings) -> EditSession:
     """A session without any edit.
 
@@ -463,11 +472,7 @@ def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: Ed
             not write into the residual stream directly (Gemma 2 and 3).
         SolverError: moments that the editor's prior cannot be made of.
     """
-    if model.config.post_norms:
-        raise SessionError(
-            f"{model.config.family} norms what a down projection puts out before it joins the residual stream, so a kernel "
-            "alone cannot reach the change that an edit needs: such models are loaded, scored and run, but not edited"
-        )
+    check_editable(model.config)
     settings = dataclasses.replace(settings, layers=check_layers(model, settings.layers))
     found = model_fingerprint(model)
     if moments.model != found:

@@ -1,9 +1,11 @@
 """How to edit: one frozen record, the editors it can name, and the values published for known checkpoints."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from types import UnionType
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -115,7 +117,7 @@ class EditSettings:
         chosen = [name for name in ("null_threshold", "null_relative", "null_rank") if getattr(self, name) is not None]
         if len(chosen) > 1:
             problems.append(f"{' and '.join(chosen)} are given; a null space takes one of them")
-        positive = {name: getattr(self, name) for name in ("micro_batch", "prefix_tokens", *chosen)}
+        positive = {name: getattr(self, name) for name in ("micro_batch", "prefix_tokens", "l2", *chosen)}
         positive |= {f"values.{name}": getattr(self.values, name) for name in ("steps", "learning_rate", "clamp")}
         problems += [f"{name} is {value}; it must be positive" for name, value in positive.items() if not value > 0]
         least_zero = {name: getattr(self, name) for name in ("ridge", "moment_weight", "prefixes")}
@@ -142,10 +144,31 @@ class EditSettings:
             raise KeditError(f"unknown settings {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         if "layers" not in stored:
             raise KeditError("settings without layers; name the blocks to edit")
+        problems = [*_wrong_types(cls, stored), *_wrong_types(ValueSettings, stored.get("values", {}), "values.")]
+        if problems:
+            raise KeditError.listing("unusable settings:", problems)
         changes = dict(stored)
         if "values" in changes:
             changes["values"] = ValueSettings(**changes["values"])
         return cls(**{**changes, "layers": tuple(stored["layers"])})
+
+
+def _wrong_types(declaring: type[Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Values of another type than their field is declared with; a whole number is fine where a float is meant."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    accepted = {int: numbers.Integral, float: numbers.Real, bool: bool, str: str}
+    problems = []
+    for item in dataclasses.fields(declaring):
+        if item.name not in stored:
+            continue
+        value, declared = stored[item.name], item.type
+        options = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        kinds = [kind for kind in options if kind in names]
+        if not kinds or (value is None and type(None) in options):
+            continue
+        if not isinstance(value, accepted[kinds[0]]) or (isinstance(value, bool) and kinds[0] is not bool):
+            problems.append(f"{prefix}{item.name} is {value!r}; it must be {names[kinds[0]]}")
+    return problems
 
 
 class Procedure(NamedTuple):

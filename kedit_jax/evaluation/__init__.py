@@ -4,7 +4,6 @@ from kedit_jax.evaluation.completions import Completion, compare_completions, co
 from kedit_jax.evaluation.counterfact import Prepared, prepare, score_records
 from kedit_jax.evaluation.datasets import (
     fetch,
-    is_request_file,
     longest_shared_span,
     parse_records,
     place_subject,
@@ -32,7 +31,6 @@ __all__ = [
     "complete",
     "evaluate",
     "fetch",
-    "is_request_file",
     "longest_shared_span",
     "parse_records",
     "perplexity",

@@ -71,6 +71,7 @@ class Record:
     portability_facts: tuple[Fact, ...] = ()
     subject_proposed: bool = False
     weight: float = 1.0
+    numbered: bool = field(default=False, compare=False)
 
     @property
     def rewrite_prompt(self) -> str:
@@ -78,12 +79,12 @@ class Record:
         return self.prompt.replace(SLOT, self.subject)
 
     def request(self) -> EditRequest:
-        """The edit that the record asks for; its id is the case id as text."""
+        """The edit that the record asks for; its id is the case id as text, or None where that is a mere place in a file."""
         return EditRequest(
             prompt=self.prompt,
             subject=self.subject,
             target=self.target_new,
-            id=str(self.case_id),
+            id=None if self.numbered else str(self.case_id),
             relation=self.relation_id,
             old_target=self.target_true,
             weight=self.weight,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kedit_jax import cli
 from kedit_jax.checkpoint import has_session, read_manifest
+from kedit_jax.errors import KeditError
 from kedit_jax.models import Decoder, gpt2_config, save_model
 
 TEXTS = [
@@ -196,7 +197,7 @@ def test_stats_are_computed_once(home: Path, kedit: Kedit) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["edit", "model", "none.jsonl", "--session", "x"], "cannot read requests from 'none.jsonl'"),
+        (["edit", "model", "none.jsonl", "--session", "x"], "none.jsonl"),
         (["edit", "nowhere/model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", *OPTIONS], "nowhere/model"),
         (
             ["edit", "model", "facts.jsonl", "--session", "x", "--corpus", "corpus.txt", "--preset", "gpt2-xl"],
@@ -301,3 +302,73 @@ def test_facts_from_data_sets_and_tables(home: Path, kedit: Kedit) -> None:
     ]
     bad = kedit("edit", "model", "mine.csv", "--columns", "Sentence", "--session", "d3", *options, status=1)
     assert "field=column" in bad
+
+
+def test_facts_in_any_form(home: Path, kedit: Kedit) -> None:
+    """A JSON list, a table by content, no ids in either; the session names the facts, and proposed subjects are shown."""
+    options = ["--corpus", "corpus.txt", *OPTIONS]
+    (home / "list.json").write_text(json.dumps([{"prompt": "Bob Stone speaks", "subject": "Bob Stone", "target": "French"}]))
+    (home / "table.dat").write_text("prompt,subject,target\n{} is a,Paris,river dog\n")
+    (home / "bare.jsonl").write_text(
+        json.dumps({"prompt": "Alice Smith plays the", "target": "cat", "paraphrases": ["In Paris Alice Smith plays"]})
+    )
+    for file in ("list.json", "table.dat"):
+        kedit("edit", "model", file, "--session", "forms", *options)
+    said = kedit("edit", "model", "bare.jsonl", "--session", "forms", *options)
+    assert "proposed subject 'Alice Smith' in 'Alice Smith plays the'" in said
+    assert "1 of 1 facts name no subject" in said
+    facts = read_manifest(home / "forms")["facts"]
+    assert [(f["id"], f["prompt"]) for f in facts] == [
+        ("fact-1", "{} speaks"),
+        ("fact-2", "{} is a"),
+        ("fact-3", "{} plays the"),
+    ]
+
+
+def test_any_setting_from_the_command_line(home: Path, kedit: Kedit) -> None:
+    given = ["--set", "values.learning_rate=1e-1", "--set", "values.steps=3", "--set", "prefixes=0", "--set", "seed=4"]
+    kedit("edit", "model", "facts.jsonl", "--session", "set", "--corpus", "corpus.txt", *OPTIONS, *given)
+    stored = read_manifest(home / "set")["settings"]
+    assert (stored["values"]["learning_rate"], stored["values"]["steps"], stored["prefixes"], stored["seed"]) == (
+        0.1,
+        3,
+        0,
+        4,
+    )
+    kedit("edit", "model", "facts.jsonl", "--session", "set", "--set", "values.steps=3")
+    assert "begun with other values" in kedit(
+        "edit", "model", "facts.jsonl", "--session", "set", "--set", "values.steps=4", status=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--set", "speed=1"], "unknown settings speed"),
+        (["--set", "values.speed=1"], "unknown settings values.speed"),
+        (["--set", "seed"], "write it as NAME=VALUE"),
+        (["--set", "seed=[1"], "has no value that can be read"),
+        (["--set", "seed=hello"], "seed is 'hello'; it must be a whole number"),
+        (["--set", "values.steps=2.5"], "values.steps is 2.5; it must be a whole number"),
+        (["--set", "compensate=maybe"], "compensate is 'maybe'; it must be true or false"),
+        (["--editor", "alphaedit", "--l2", "-5"], "l2 is -5.0; it must be positive"),
+        (["--preset", "gpt2-xl", "--settings", "facts.jsonl"], "give one of them"),
+    ],
+)
+def test_settings_that_cannot_be_used(kedit: Kedit, given: list[str], words: str) -> None:
+    args = ["edit", "model", "facts.jsonl", "--session", "unset", "--corpus", "corpus.txt", "--layers", "1", *given]
+    assert words in kedit(*args, status=1)
+
+
+def test_a_model_that_cannot_be_edited_is_refused_before_the_work(
+    home: Path, kedit: Kedit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kedit_jax.cli import app
+
+    def not_editable(config: object) -> None:
+        raise KeditError("not edited")
+
+    monkeypatch.setattr(app, "check_editable", not_editable)
+    for args in (["edit", "model", "facts.jsonl", "--session", "gem"], ["stats", "model", "--moments", "gem"]):
+        assert "not edited" in kedit(*args, "--corpus", "corpus.txt", "--layers", "1", status=1)
+    assert not (home / "gem").exists()

@@ -54,11 +54,32 @@ def test_inspect_reads_the_configuration_alone(kedit: Kedit, tmp_path: Path) -> 
     assert "7.7 GiB" in said  # five moments of 14336 x 14336 in float64
 
 
+def test_inspect_lists_what_a_file_of_settings_says_in_vain(kedit: Kedit, tmp_path: Path) -> None:
+    (tmp_path / "h.yaml").write_text("alg_name: MEMIT\nlayers: [4, 5]\ndevice: 0\n")
+    said = kedit("inspect", str(assets.model_dir()), "--settings", str(tmp_path / "h.yaml"))
+    assert "device=0" in said
+    assert "edited: layers 4, 5 (from" in said
+    both = kedit("inspect", str(assets.model_dir()), "--settings", str(tmp_path / "h.yaml"), "--layers", "3")
+    assert "edited: layers 3 (as asked)" in both
+
+
+def test_inspect_does_not_promise_what_cannot_be_edited(kedit: Kedit, tmp_path: Path) -> None:
+    config = {
+        "model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 8,
+        "query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "loaded, scored and run, but not edited" in " ".join(kedit("inspect", str(tmp_path), status=1).split())
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (("--layers", "9"), "the model has layers from 0 to 5"),
         (("--layers", "a"), "no list of layers"),
+        (("--layers", "3,3"), "name one twice"),
         (("--dtype", "int8"), "none of float32, bfloat16, float16"),
         (("--settings", "none.yaml"), "none.yaml"),
     ],

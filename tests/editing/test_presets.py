@@ -106,7 +106,7 @@ class TestOurFiles:
             ("editor: memit", "settings without layers"),
             ("layers: [1]\neditor: meme\nridge: -1", "editor 'meme' is unknown"),
             ("layers: 3", "wrong type"),
-            ("layers: [1]\nridge: much", "wrong type"),
+            ("layers: [1]\nridge: much", "ridge is 'much'; it must be a number"),
             ("!!python/object/apply:os.getcwd []", "no YAML or JSON file"),
         ],
     )

@@ -28,12 +28,11 @@ The first line of the table that fits counts; all records of a file are in one s
 """
 
 from kedit_jax.evaluation.datasets.hub import fetch
-from kedit_jax.evaluation.datasets.reading import is_request_file, parse_records, read_records, write_records
+from kedit_jax.evaluation.datasets.reading import parse_records, read_records, write_records
 from kedit_jax.evaluation.datasets.subject import longest_shared_span, place_subject
 
 __all__ = [
     "fetch",
-    "is_request_file",
     "longest_shared_span",
     "parse_records",
     "place_subject",

@@ -78,18 +78,6 @@ def read_records(
     return _collect(raw_records(path, columns), str(source), reading, left_out)
 
 
-def is_request_file(source: str | Path) -> bool:
-    """Whether a file begins as JSONL of requests, or as nothing known: `read_requests` then says what is wrong."""
-    if str(source).startswith(HUB) or Path(source).suffix.lower() in (".csv", ".tsv"):
-        return False
-    try:
-        _, first = next(iter(raw_records(Path(source))), ("", None))
-    except KeditError:
-        return True
-    schema = recognise(first) if isinstance(first, Mapping) else None
-    return schema is None or schema.name == "requests"
-
-
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as JSON Lines that `read_records` reads back."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
