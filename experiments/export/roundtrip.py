@@ -211,6 +211,12 @@ def markdown(found: Numbers, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command_line(**options: object) -> str:
+    """How to run it again; whose folders they were says nothing."""
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    return f"python -m experiments.export.roundtrip --tokenizer TOKENIZER --records RECORDS --work WORKDIR {given}"
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_cell(one)}" for key, one in value.items())
@@ -220,7 +226,7 @@ def _cell(value: Any) -> str:
 def main(
     tokenizer: Annotated[Path, typer.Option(help="folder of GPT-2's tokenizer")],
     records: Annotated[Path, typer.Option(help="CounterFact records, any schema that kedit_jax reads")],
-    work: Annotated[Path, typer.Option(help="folder for checkpoints, emptied first")],
+    work: Annotated[Path, typer.Option(help="folder for checkpoints; it must not exist")],
     count: Annotated[int, typer.Option(help="records that are edited")] = 100,
     layers: Annotated[int, typer.Option(help="of the checkpoint")] = 12,
     width: int = 768,
@@ -266,9 +272,17 @@ def main(
         found.logits["unedited"], _ = compare(session.base, load_torch(work / "base"), rows)
     with found.stage("export, reload, compare", console):
         check_forms(session, work / "base", work, rows, chosen, found)
-    command = (
-        f"python -m experiments.export.roundtrip --count {count} --layers {layers} --width {width} --heads {heads} "
-        + (f"--edited {edited} --steps {steps} --clamp {clamp} --prefixes {prefixes} --std {std} --seed {seed}")
+    command = command_line(
+        count=count,
+        layers=layers,
+        width=width,
+        heads=heads,
+        edited=edited,
+        steps=steps,
+        clamp=clamp,
+        prefixes=prefixes,
+        std=std,
+        seed=seed,
     )
     text = markdown(found, command)
     console.print(text, markup=False)

@@ -10,9 +10,8 @@ from rich.markup import escape
 from kedit_jax.cli.common import Model, MomentsDir, Session, console, load_for, open_session
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
-from kedit_jax.export import VLLM_RANKS, export_adapter, export_merged, plan_adapter, save_delta
+from kedit_jax.export import FORMS, VLLM_RANKS, check_target, export_adapter, export_merged, plan_adapter, save_delta
 
-FORMS = ("merged", "adapter", "delta")
 NOTABLE = 1e-5  # of an update's norm; rounding to float32 loses some 1e-8, to bfloat16 some 1e-3
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -41,6 +40,8 @@ def export(
         form, rank=rank, error=error, shard=shard, dry_run=dry_run or None, dtype=dtype if form == "delta" else None
     )
     limit = None if shard is None else _bytes(shard)
+    if not dry_run:
+        check_target(to, form, overwrite=overwrite)
     decoder, tokenizer = load_for(session, model, None)
     edited = open_session(session, decoder, tokenizer, moments)
     if form == "adapter":

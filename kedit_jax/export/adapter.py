@@ -64,6 +64,11 @@ class AdapterPlan:
         """The update that the adapter stands for."""
         return EditDelta(self.factors)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored factors."""
+        return np.asarray(next(iter(self.factors.values())).left).dtype
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
         return {
@@ -76,13 +81,22 @@ class AdapterPlan:
         }
 
     def lines(self) -> list[str]:
-        """What a person should know before it is written."""
-        kind = "exact" if self.exact else f"truncated; exact from rank {max(self.needed.values())}"
-        told = [f"LoRA adapter of rank {self.rank}, {kind}; relative error of the kernels:"]
+        """What a person should know before it is written, in lines of 80 columns."""
+        told = [
+            f"LoRA adapter of rank {self.rank}, {self._kind()}",
+            f"relative error of the kernels, with factors in {self.dtype}:",
+        ]
         told += [f"  layer {layer:<4} {error:.1e}" for layer, error in self.errors.items()]
-        told += ["ranks that vLLM takes, with the error of the worst layer:"]
-        told += ["  " + ", ".join(f"{rank}: {_words(error)}" for rank, error in self.choices.items())]
+        told += ["ranks that vLLM takes, with what truncation costs the worst layer:"]
+        told += [f"  rank {rank:<5} {_words(error)}" for rank, error in self.choices.items()]
         return told if self.efficacy is None else told + self.efficacy.lines()
+
+    def _kind(self) -> str:
+        if not self.exact:
+            return f"truncated; exact from rank {max(self.needed.values())}"
+        if self.dtype == np.float32:
+            return "exact"
+        return f"exact but for rounding to {self.dtype} ({max(self.errors.values()):.1e})"
 
 
 @dataclass(frozen=True)
@@ -153,12 +167,12 @@ def export_adapter(
     base_model: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors.
+    """Write adapter_config.json and adapter_model.safetensors; `check_target` says beforehand whether it may.
 
     Args:
         folder: made by this call; it appears whole or not at all.
         base_model: directory or hub id of the original model, for programs that load it by themselves.
-        overwrite: replace an earlier adapter.
+        overwrite: replace an earlier adapter; a folder that holds anything else is still refused.
 
     Raises:
         ExportError: the folder exists, there is too little space, or writing failed. Nothing is left behind.
@@ -170,7 +184,7 @@ def export_adapter(
             tensors.append(_transposed(f"{module}.{part}.weight", np.asarray(factor)))
     content = Content(tuple(tensors), {"format": "pt", "model": plan.model.fingerprint})
     config = adapter_config(plan, base_model)
-    with new_folder(folder, mark=ADAPTER_CONFIG, needed=size_of(content), overwrite=overwrite) as partial:
+    with new_folder(folder, form="adapter", needed=size_of(content), overwrite=overwrite) as partial:
         write_content(partial / ADAPTER_WEIGHTS, content)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(folder).expanduser()

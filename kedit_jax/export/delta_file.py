@@ -29,6 +29,9 @@ def save_delta(edited: EditSession | ModelDelta, path: str | os.PathLike[str], *
 
     A tensor is named ADDRESS/update, or ADDRESS/left and ADDRESS/right where the update is kept as factors.
 
+    Args:
+        overwrite: replace an earlier delta; any other file, and every symbolic link, is still refused.
+
     Raises:
         ExportError: nothing to export, the file exists, or it cannot be written; nothing is left behind.
     """
@@ -51,9 +54,9 @@ def save_delta(edited: EditSession | ModelDelta, path: str | os.PathLike[str], *
     }
     tensors = [_tensor(name, array) for name, array in arrays.items()]
     content = Content(ordered(tensors), about)
-    with new_file(path, needed=size_of(content), overwrite=overwrite) as partial:
+    with new_file(path, ours=is_delta, needed=size_of(content), overwrite=overwrite) as partial:
         write_content(partial, content)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def load_delta(path: str | os.PathLike[str], model: Decoder | None = None) -> ModelDelta:
@@ -89,6 +92,15 @@ def load_delta(path: str | os.PathLike[str], model: Decoder | None = None) -> Mo
     if model is not None:
         loaded.check(model)
     return loaded
+
+
+def is_delta(path: Path) -> bool:
+    """Whether the file's metadata say that `save_delta` wrote it, of this version or another."""
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            return (file.metadata() or {}).get("format", "").startswith(f"{_KIND} ")
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def _tensor(name: str, array: np.ndarray) -> Tensor:

@@ -1,5 +1,6 @@
 """What a changed delta costs the facts that the session wrote: how the model answers them with and without the change."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class Efficacy:
         for what, ids in (("lost", self.lost), ("not scored", self.unscored)):
             if ids:
                 more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-                told.append(f"  {what}: {', '.join(ids[:5])}{more}")
+                line = f"  {what}: {', '.join(ids[:5])}{more}"
+                told += textwrap.wrap(line, 80, subsequent_indent="    ", break_on_hyphens=False)
         return told
 
 

@@ -20,7 +20,7 @@ from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import ExportError, NonFiniteError
 from kedit_jax.export.model_delta import ModelDelta, down_tensors, model_delta
 from kedit_jax.export.original import Original, cast, open_original
-from kedit_jax.export.staging import check_folder, new_folder
+from kedit_jax.export.staging import MANIFEST, check_folder, new_folder
 from kedit_jax.export.tensors import FLOATS, Content, Tensor, ordered, size_of, storable, tensor_of, write_content
 from kedit_jax.models import Decoder
 from kedit_jax.models.checkpoint_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
@@ -70,7 +70,7 @@ def export_merged(
         dtype: float32, float16 or bfloat16 for all weights; None keeps each tensor's own.
         max_shard_bytes: begin another file before one is larger; None keeps the original's files.
         tokenizer: written beside a model given in memory; a checkpoint brings its own.
-        overwrite: replace an earlier export.
+        overwrite: replace an earlier merged export; a folder that holds anything else is still refused.
 
     Raises:
         ExportError: `checkpoint` is not the model that was edited, the folder exists or is the checkpoint's own, there is
@@ -82,12 +82,12 @@ def export_merged(
     original = open_original(checkpoint)
     target = _target_dtype(dtype, original)
     _check_apart(original, Path(folder))
-    folder = check_folder(folder, mark=CONFIG_FILE, overwrite=overwrite)
+    folder = check_folder(folder, "merged", overwrite=overwrite)
     original.check(edited)
     rounding: dict[str, float] = {}
     files = _files(original, edited, target, max_shard_bytes, rounding)
     needed = sum(map(size_of, files.values())) + sum(path.stat().st_size for path in _beside(original.directory))
-    with new_folder(folder, mark=CONFIG_FILE, needed=needed, overwrite=overwrite) as partial:
+    with new_folder(folder, form="merged", needed=needed, overwrite=overwrite) as partial:
         for name, content in files.items():
             write_content(partial / name, content)
         _write_beside(partial, original, target, tokenizer)
@@ -229,11 +229,13 @@ def _write_beside(folder: Path, original: Original, target: np.dtype | None, tok
 
 
 def _beside(directory: Path | None) -> list[Path]:
-    """What is copied from a checkpoint beside its weights."""
+    """What is copied from a checkpoint beside its weights; not the manifest of one that was itself exported."""
     if directory is None:
         return []
     found = {path for pattern in BESIDE for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and not path.name.endswith(".index.json"))
+    return sorted(
+        path for path in found if path.is_file() and not path.name.endswith(".index.json") and path.name != MANIFEST
+    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

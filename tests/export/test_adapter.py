@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from kedit_jax.delta import Dense, EditDelta, LowRank, apply_edits, relative_err
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import ExportError, KeditError, NonFiniteError
 from kedit_jax.evaluation import PairScores, prepare_pairs, score_pairs
-from kedit_jax.export import VLLM_RANKS, AdapterPlan, delta_of, efficacy_of, export_adapter, plan_adapter
+from kedit_jax.export import VLLM_RANKS, AdapterPlan, delta_of, efficacy_of, export_adapter, export_merged, plan_adapter
+from kedit_jax.export.staging import MANIFEST
 from kedit_jax.models import down_kernel_address, save_model
 
 
@@ -277,3 +279,40 @@ def test_a_failure_leaves_what_was_there(gpt2, tmp_path, monkeypatch, error):
     export_adapter(plan_adapter(gpt2.edited, 3), tmp_path / "adapter", overwrite=True)
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_base_model_that_was_exported_is_not_replaced(gpt2, tmp_path):
+    """An adapter would take the place of the model that it belongs to."""
+    export_merged(gpt2.directory, gpt2.edited, tmp_path / "model")
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match="holds an export of the form 'merged', which 'adapter' does not replace"):
+        export_adapter(plan_adapter(gpt2.edited), tmp_path / "model", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_adapter_somebody_trained_is_not_replaced(gpt2, tmp_path):
+    plan = plan_adapter(gpt2.edited)
+    export_adapter(plan, tmp_path / "adapter")
+    assert read_json(tmp_path / "adapter" / MANIFEST)["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "adapter" / MANIFEST).unlink()
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match=r"it holds adapter_config\.json, adapter_model\.safetensors: give another folder"):
+        export_adapter(plan, tmp_path / "adapter", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_the_plan_says_of_rounding(gpt2, history: list[EditSession]):
+    kinds = [plan_adapter(gpt2.edited, 8, dtype=dtype).lines()[0] for dtype in ("float32", jnp.bfloat16, "float16")]
+    assert kinds[0] == "LoRA adapter of rank 8, exact"
+    for kind, name in zip(kinds[1:], ("bfloat16", "float16"), strict=True):
+        assert re.fullmatch(rf"LoRA adapter of rank 8, exact but for rounding to {name} \(\d\.\de-0\d\)", kind)
+    session = dataclasses.replace(
+        history[-1], facts=tuple(dataclasses.replace(fact, id=f"{fact.id}-{'x' * 40}") for fact in history[-1].facts)
+    )
+    plan = plan_adapter(session, 1, dtype=jnp.bfloat16)
+    assert plan.efficacy is not None
+    lost = dataclasses.replace(plan.efficacy, lost=tuple(fact.id for fact in session.facts))
+    lines = dataclasses.replace(plan, efficacy=lost, rank=VLLM_RANKS[-1]).lines()
+    lines += dataclasses.replace(plan, exact=True, rank=VLLM_RANKS[-1]).lines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("  rank ") for line in lines) == 2 * len(VLLM_RANKS)

@@ -104,7 +104,7 @@ def test_a_failure_leaves_what_was_there(gpt2, tmp_path, monkeypatch, error):
 
     save_delta(gpt2.edited, tmp_path / "delta")
     before = snapshot(tmp_path)
-    with pytest.raises(ExportError, match="exists: give another name, or overwrite=True"):
+    with pytest.raises(ExportError, match=r"exists: give another name, or pass overwrite=True \(--overwrite\)"):
         save_delta(gpt2.edited, tmp_path / "delta")
     with pytest.raises(ExportError, match="is a folder: give the name of a file"):
         save_delta(gpt2.edited, tmp_path, overwrite=True)
@@ -122,3 +122,34 @@ def test_a_failure_leaves_what_was_there(gpt2, tmp_path, monkeypatch, error):
     save_delta(delta_of(gpt2.model, EditDelta(MIXED)), tmp_path / "delta", overwrite=True)
     assert load_delta(tmp_path / "delta").delta.addresses == tuple(MIXED)
     assert [path.name for path in tmp_path.iterdir()] == ["delta"]
+
+
+@pytest.mark.parametrize("kind", ["model", "text", "empty", "damaged"])
+def test_only_a_delta_is_replaced(gpt2, tmp_path, kind):
+    path = save_delta(gpt2.edited, tmp_path / "file")
+    model = (gpt2.directory / "model.safetensors").read_bytes()
+    path.write_bytes(
+        {"model": model, "text": b"a thesis of many words", "empty": b"", "damaged": path.read_bytes()[:-1]}[kind]
+    )
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match="file is no earlier export and is not replaced: give another name"):
+        save_delta(gpt2.edited, path, overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", ["delta", "missing"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_symbolic_links_are_neither_followed_nor_replaced(gpt2, tmp_path, target, overwrite):
+    save_delta(gpt2.edited, tmp_path / "delta")
+    (tmp_path / "link").symlink_to(tmp_path / target)
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match="link is a symbolic link, which is neither followed nor replaced"):
+        save_delta(delta_of(gpt2.model, EditDelta(MIXED)), tmp_path / "link", overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_delta_of_another_version_is_replaced(gpt2, tmp_path):
+    save_file({"a": np.zeros(3)}, tmp_path / "delta", metadata={"format": "kedit_jax delta 2"})
+    save_delta(gpt2.edited, tmp_path / "delta", overwrite=True)
+    assert load_delta(tmp_path / "delta").delta.addresses == gpt2.edited.delta.addresses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from kedit_jax.delta import EditDelta, apply_edits, read_kernels
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import CheckpointError, ExportError, NonFiniteError
 from kedit_jax.export import Merged, ModelDelta, delta_of, export_merged
+from kedit_jax.export.staging import MANIFEST
 from kedit_jax.export.tensors import read_content
 from kedit_jax.models import (
     down_kernel_address,
@@ -62,6 +64,7 @@ def test_only_the_edited_bytes_differ(sharded_bfloat16, tmp_path):
     done = export_merged(source, sharded_bfloat16.edited, out)
     before, after = snapshot(source), snapshot(out)
     assert set(before) - set(after) == {"README.md", "modeling.py"}
+    del after[MANIFEST]
     assert set(after) <= set(before)
     different = {name for name in after if before[name] != after[name]}
     index = read_json(source / "model.safetensors.index.json")["weight_map"]
@@ -315,7 +318,9 @@ def test_an_existing_folder(gpt2, checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     export_merged(gpt2.directory, gpt2.edited, tmp_path / "empty")
     before = snapshot(tmp_path)
-    with pytest.raises(ExportError, match="exists and is not empty: give another folder, or overwrite=True"):
+    with pytest.raises(
+        ExportError, match=r"exists and is not empty: give another folder, or pass overwrite=True \(--overwrite\)"
+    ):
         export_merged(gpt2.directory, gpt2.edited, tmp_path / "empty")
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="is a file: give a folder"):
@@ -323,11 +328,34 @@ def test_an_existing_folder(gpt2, checkpoint, tmp_path):
     (tmp_path / "file").unlink()
     assert snapshot(tmp_path) == before
     other = checkpoint("qwen2")
-    (tmp_path / "empty" / "stale").touch()
+    (tmp_path / "empty" / "session").mkdir()
+    (tmp_path / "empty" / "session" / "manifest.json").touch()
+    before = snapshot(tmp_path)
+    with pytest.raises(ExportError, match=r"holds more than the earlier export: session, session/manifest\.json; move"):
+        export_merged(other.directory, other.edited, tmp_path / "empty", overwrite=True)
+    assert snapshot(tmp_path) == before
+    shutil.rmtree(tmp_path / "empty" / "session")
     export_merged(other.directory, other.edited, tmp_path / "empty", overwrite=True)
     assert model_fingerprint(load_model(tmp_path / "empty")) == model_fingerprint(other.edited_model)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    assert not (tmp_path / "empty" / "stale").exists()
+    shutil.copytree(other.directory, tmp_path / "model")
+    with pytest.raises(ExportError, match=r"model holds no kedit_export\.json of this program, so it is no earlier export"):
+        export_merged(gpt2.directory, gpt2.edited, tmp_path / "model", overwrite=True)
+    assert snapshot(tmp_path / "model") == snapshot(other.directory)
+
+
+def test_the_manifest_is_the_exports_own(gpt2, tmp_path):
+    """Also where the original is itself an export, in other files."""
+    export_merged(gpt2.directory, gpt2.edited, tmp_path / "first")
+    model = load_model(tmp_path / "first")
+    edited = delta_of(model, gpt2.edited.delta)
+    export_merged(tmp_path / "first", edited, tmp_path / "second", max_shard_bytes=20_000)
+    for name in ("first", "second"):
+        manifest = read_json(tmp_path / name / MANIFEST)
+        assert manifest["form"] == "merged"
+        assert manifest["files"] == sorted(set(snapshot(tmp_path / name)) - {MANIFEST})
+    export_merged(tmp_path / "first", edited, tmp_path / "second", overwrite=True)
+    assert not list((tmp_path / "second").glob("*.index.json"))
 
 
 def test_modes_are_those_of_other_files(gpt2, tmp_path):
