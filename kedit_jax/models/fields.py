@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -50,7 +50,7 @@ class Fields:
         value = self._value(name, default)
         if value is _REQUIRED:
             return 1.0
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # integers may be larger
             self.problem(f"{name} is {value!r}: it must be a positive number")
             return 1.0
         return float(value)
@@ -72,7 +72,9 @@ class Fields:
         value = self._value(name, _REQUIRED)
         if value is _REQUIRED:
             return ()
-        if not isinstance(value, list) or not all(type(one) in (int, float) and 0 < one < math.inf for one in value):
+        if not isinstance(value, list) or not all(
+            type(one) in (int, float) and 0 < one <= sys.float_info.max for one in value
+        ):
             self.problem(f"{name} is {value!r}: it must be a list of positive numbers")
             return ()
         return tuple(float(one) for one in value)
@@ -88,9 +90,11 @@ class Fields:
 
     def choice(self, name: str, choices: Mapping[str, T], default: str = _REQUIRED) -> T:
         value = self._value(name, default)
-        if value is not _REQUIRED and value not in choices:
+        if isinstance(value, str) and value in choices:  # a list or an object has no hash to look it up by
+            return choices[value]
+        if value is not _REQUIRED:
             self.problem(f"{name} is {value!r}: supported are {', '.join(choices)}")
-        return choices[value] if value in choices else next(iter(choices.values()))
+        return next(iter(choices.values()))
 
     def choices(self, name: str, choices: Mapping[str, T], default: Sequence[T]) -> tuple[T, ...]:
         """A list of as many entries as the default, which is taken where the field is absent or null."""

@@ -30,13 +30,13 @@ def read_global(fields: Fields, head_dim: int) -> RotaryConfig:
     """transformers 5 has an object for each kind of layer; before it, `rope_scaling` held for the global ones alone."""
     rope = rope_section(fields)
     rope = (rope.section("full_attention") or Fields({}, "rope")) if fields.has("rope_parameters") else rope
-    return rotary_of(fields, rope, head_dim, theta=_GLOBAL_THETA)
+    return rotary_of(fields, rope, head_dim, theta=_GLOBAL_THETA, by_layer=True)
 
 
 def read_local(fields: Fields, head_dim: int) -> RotaryConfig:
     rope = rope_section(fields)
     rope = rope.section("sliding_attention") or Fields({}, "rope")
-    return rotary_of(fields, rope, head_dim, theta_field="rope_local_base_freq", theta=_LOCAL_THETA)
+    return rotary_of(fields, rope, head_dim, theta_field="rope_local_base_freq", theta=_LOCAL_THETA, by_layer=True)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from kedit_jax.models.rotary import rope_section, rope_type, rotated_share, writ
 from kedit_jax.models.windows import read_uniform_window
 
 _ROPE_TYPES: Mapping[str, str] = MappingProxyType({"default": "default", "longrope": "longrope", "su": "longrope"})
-_ORIGINAL_POSITIONS = 4096  # where a file does not name them
+_ORIGINAL_POSITIONS = 4096  # where a file does not name them beside the section: transformers overwrites those in it
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -28,8 +28,7 @@ def read_rotary(fields: Fields, head_dim: int) -> RotaryConfig:
     long_rope = rope_type(rope, _ROPE_TYPES) == "longrope"
     theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta", 10000.0)
     share = (rope if rope.has("partial_rotary_factor") else fields).number("partial_rotary_factor", 1.0)
-    where = fields if fields.has("original_max_position_embeddings") else rope
-    original = where.integer("original_max_position_embeddings", _ORIGINAL_POSITIONS, minimum=2)
+    original = fields.integer("original_max_position_embeddings", _ORIGINAL_POSITIONS, minimum=2)
     return RotaryConfig(int(head_dim * share), theta, scaling=_read_long_rope(fields, rope, original) if long_rope else None)
 
 

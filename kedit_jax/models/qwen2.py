@@ -10,6 +10,8 @@ from kedit_jax.models.fields import Fields
 from kedit_jax.models.llama import INVERSE_FREQUENCIES, read_gated, weights, write_gated
 from kedit_jax.models.windows import read_windows, write_windows
 
+_WINDOW, _FIRST_WINDOWED = 4096, 28  # where a file does not name them; the same in Qwen3
+
 
 def read_config(fields: Fields) -> ModelConfig:
     """What this family computes, from the fields of its config.json; what is not implemented is refused."""
@@ -17,12 +19,16 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def read_qwen_windows(fields: Fields) -> LocalAttention | None:
-    """Windows in the upper layers, and only where they are switched on: `sliding_window` is set in either case."""
-    if not fields.flag("use_sliding_window", False):
-        fields.must_be_all("layer_types", "full_attention", why="use_sliding_window is not set")
+    """Windows in the upper layers, and only where they are switched on: `sliding_window` is set in either case.
+
+    Switched on with `sliding_window` null they are none, as in transformers.
+    """
+    window = fields.integer_or_none("sliding_window", _WINDOW) if fields.flag("use_sliding_window", False) else None
+    if window is None:
+        fields.must_be_all("layer_types", "full_attention", why="use_sliding_window is not set, or sliding_window is null")
         return None
-    first = fields.integer("max_window_layers", minimum=0)
-    return read_windows(fields, lambda layer: layer >= first)
+    first = fields.integer("max_window_layers", _FIRST_WINDOWED, minimum=0)
+    return read_windows(fields, lambda layer: layer >= first, window)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

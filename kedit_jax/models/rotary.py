@@ -38,10 +38,21 @@ def rope_type(rope: Fields, types: Mapping[str, str] = ROPE_TYPES) -> str:
 
 
 def rotary_of(
-    fields: Fields, rope: Fields, dim: int, *, theta_field: str = "rope_theta", theta: float = 10000.0
+    fields: Fields,
+    rope: Fields,
+    dim: int,
+    *,
+    theta_field: str = "rope_theta",
+    theta: float = 10000.0,
+    by_layer: bool = False,
 ) -> RotaryConfig:
-    """Rotation of `dim` components; theta stands in the section, in the field of that name beside it, or is the default."""
+    """Rotation of `dim` components; theta stands in the section, in the field of that name beside it, or is the default.
+
+    As in transformers 5, `original_max_position_embeddings` beside the section overrides the one in it, unless the
+    section is one of several by kind of layer (`by_layer`).
+    """
     kind = rope_type(rope)
+    original = "original_max_position_embeddings"
     found = rope.number("rope_theta") if rope.has("rope_theta") else fields.number(theta_field, theta)
     scaling: Llama3Scaling | LinearScaling | None = None
     if kind == "linear":
@@ -51,7 +62,7 @@ def rotary_of(
             factor=rope.number("factor"),
             low_freq_factor=rope.number("low_freq_factor"),
             high_freq_factor=rope.number("high_freq_factor"),
-            original_max_positions=rope.integer("original_max_position_embeddings"),
+            original_max_positions=(fields if fields.has(original) and not by_layer else rope).integer(original),
         )
     return RotaryConfig(dim=dim, theta=found, scaling=scaling)
 

@@ -12,11 +12,16 @@ from kedit_jax.models.fields import Fields
 LAYER_TYPES: Mapping[str, bool] = MappingProxyType({"full_attention": False, "sliding_attention": True})
 
 
-def read_windows(fields: Fields, default: Callable[[int], bool]) -> LocalAttention | None:
-    """The layers that `layer_types` marks, or those of the default where it is absent; None where there are none."""
+def read_windows(fields: Fields, default: Callable[[int], bool], window: int | None = None) -> LocalAttention | None:
+    """The layers that `layer_types` marks, or those of the default where it is absent; None where there are none.
+
+    Without a `window`, `sliding_window` must be there.
+    """
     layers = [default(layer) for layer in range(fields.integer("num_hidden_layers"))]
     marked = fields.choices("layer_types", LAYER_TYPES, layers)
-    return LocalAttention(fields.integer("sliding_window"), marked) if any(marked) else None
+    if not any(marked):
+        return None
+    return LocalAttention(fields.integer("sliding_window") if window is None else window, marked)
 
 
 def read_uniform_window(fields: Fields, *, absent: int | None) -> LocalAttention | None:

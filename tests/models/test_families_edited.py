@@ -60,6 +60,7 @@ def torch_nll(oracle: Any, prompt: str, target: str) -> float:
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
 def test_scores_are_torchs_on_either_padding_side(pairs: dict[str, Any], name: str) -> None:
+    """The tokenizer's side is ignored by construction (it is never asked to pad); that scores are torch's can fail."""
     pair = pairs[name]
     scores = {side: score_pairs(pair.model, prepare_pairs(PAIRS, tokenizer(side))).nll for side in ("left", "right")}
     np.testing.assert_array_equal(scores["left"], scores["right"])
@@ -115,6 +116,7 @@ def test_models_with_a_norm_behind_the_kernel_are_refused(pairs: dict[str, Any],
 
 
 def test_padding_side_changes_no_edit(pairs: dict[str, Any]) -> None:
+    """By construction: the tokenizer is never asked to pad, and this fails only once something asks it to."""
     made = [begin(pairs["qwen2"].model, side).edit(REQUESTS)[0] for side in ("left", "right")]
     for left, right in zip(jax.tree.leaves(made[0].model), jax.tree.leaves(made[1].model), strict=True):
         np.testing.assert_array_equal(left, right)

@@ -35,7 +35,7 @@ from kedit_jax.models import (
     reading,
 )
 from kedit_jax.models.checkpoint_files import read_header
-from kedit_jax.models.config import LocalAttention, as_record
+from kedit_jax.models.config import Llama3Scaling, LocalAttention, as_record
 from kedit_jax.models.family import Weight
 from kedit_jax.models.registry import FAMILIES, config_from_json
 from kedit_jax.models.table import slots
@@ -158,6 +158,11 @@ def test_windows_by_default(pairs):
     assert read("gemma3", layer_types="absent", sliding_window_pattern=2).layers == (True, False, True)
     assert read("gemma3", layer_types="absent", num_hidden_layers=7).layers == (*5 * [True], False, True)
     assert read("qwen2", use_sliding_window=False) is None
+    switched_on = {"use_sliding_window": True, "layer_types": "absent", "num_hidden_layers": 30}
+    for name in ("qwen2", "qwen3"):
+        upper = LocalAttention(4096, (*28 * [False], True, True))
+        assert read(name, **switched_on, sliding_window="absent", max_window_layers="absent") == upper
+        assert read(name, **switched_on, sliding_window=None) is None
     soft = config_from_json({
         name: value for name, value in json.loads((pairs["gemma2"].directory / "config.json").read_text()).items()
         if not name.endswith("softcapping")
@@ -473,6 +478,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     ("gpt2", {"activation_function": "quick_gelu"}, "activation_function is 'quick_gelu': supported are gelu"),
+    ("gpt2", {"activation_function": ["gelu"]}, "activation_function is ['gelu']: supported are gelu"),
+    ("gpt2", {"activation_function": 3}, "activation_function is 3: supported are gelu"),
+    ("gpt2", {"layer_norm_epsilon": 10**400}, "it must be a positive number"),
     ("gpt2", {"n_head": 4}, "n_embd is 35: it must be a multiple of n_head, 4"),
     ("gpt2", {"n_layer": "3"}, "n_layer is '3': it must be an integer"),
     ("gpt2", {"n_layer": True}, "n_layer is True: it must be an integer"),
@@ -491,6 +499,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama-3.1", {"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads"),
     ("llama-3.1", {"hidden_act": "xielu"}, "hidden_act is 'xielu'"),
     ("llama-3.1", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn': supported are default"),
+    ("llama-3.1", {"rope_parameters": {"rope_type": {}}}, "rope_type is {}: supported are default"),
+    ("phi3", {"rope_parameters": {"type": []}}, "type is []: supported are default, longrope, su"),
+    ("llama-3.1", {"original_max_position_embeddings": "9"}, "original_max_position_embeddings is '9'"),
     ("llama-3.1", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type is 'dynamic'"),
     ("llama-3.1", {"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     ("llama-3.1", {"rope_parameters": {"rope_type": "llama3"}}, "original_max_position_embeddings is missing"),
@@ -501,7 +512,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama-3.1", {"head_dim": 7}, "7 rotary components"),
     ("llama-3.1", {"head_dim": None, "num_attention_heads": 6}, "hidden_size is 40: without head_dim"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "use_sliding_window is not set"),
-    ("qwen2-windowed", {"sliding_window": None}, "sliding_window is missing"),
+    (
+        "qwen2-windowed",
+        {"sliding_window": None},
+        "only 'full_attention' throughout is supported: use_sliding_window is not set, or sliding_window is null",
+    ),
     (
         "qwen2-windowed",
         {"layer_types": ["full_attention", "sliding_attention"]},
@@ -539,6 +554,16 @@ def test_what_is_not_implemented_is_refused(pairs, name, change, expected):
     with pytest.raises(CheckpointError) as error:
         config_from_json(raw | change)
     assert expected in str(error.value)
+
+
+def test_original_positions_of_gemma3_stand_in_their_section(pairs):
+    """transformers overrides them by the field beside `rope_parameters` only where all layers share one section."""
+    raw = json.loads((pairs["gemma3"].directory / "config.json").read_text())
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    raw["rope_parameters"]["full_attention"] = {**scaled, "original_max_position_embeddings": 32}
+    config = config_from_json(raw | {"original_max_position_embeddings": 16})
+    assert config.rotary is not None
+    assert config.rotary.scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
 
 
 def test_scaling_factors_out_of_order(pairs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -176,6 +177,10 @@ def _set(**values: Any) -> Any:
     return lambda config: config.update(values)
 
 
+def _without(*names: str) -> Any:
+    return lambda config: [config.pop(name) for name in names]
+
+
 def _rope(**values: Any) -> Any:
     return lambda config: config["rope_parameters"].update(values)
 
@@ -213,6 +218,27 @@ def test_control_a_changed_field_breaks_parity(pairs, tmp_path, name, change):
     pair = pairs[name]
     changed = load_model(altered(pair.directory, tmp_path / "changed", config=change))
     assert logit_difference(pair, changed) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama-3.1", _set(original_max_position_embeddings=9)),  # beside the 23 of rope_parameters
+        ("phi3-longrope", _set(original_max_position_embeddings=31)),
+        ("phi3-longrope", _without("original_max_position_embeddings")),
+        ("qwen2-windowed", lambda config: config.update(sliding_window=None, layer_types=None)),
+        ("qwen2-windowed", _without("max_window_layers", "layer_types")),
+    ],
+    ids=["llama3-beside", "longrope-beside", "longrope-inside-alone", "window-null", "window-default-layers"],
+)
+def test_a_config_is_read_as_torch_reads_it(pairs, tmp_path, name, change):
+    """The change moves the logits of both alike."""
+    pair = pairs[name]
+    directory = altered(pair.directory, tmp_path / "changed", config=change)
+    oracle = type(pair.oracle).from_pretrained(directory, attn_implementation="eager").eval()
+    model = load_model(directory)
+    assert logit_difference(dataclasses.replace(pair, oracle=oracle), model) < TOLERANCE
+    assert logit_difference(pair, model) > 2 * TOLERANCE
 
 
 @pytest.mark.parametrize(
