@@ -35,7 +35,16 @@ from kedit_jax.models.table import Slot, buffer_names, slots
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_NOT_NEEDED = ["*/*", "consolidated*"]  # folders, and Mistral's second copy of the weights
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # nothing executable
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "LICENSE",
+    "LICENSE.md",
+    "NOTICE",
+]  # nothing executable
 
 
 def load_model(

@@ -134,7 +134,7 @@ def test_tables(tmp_path: Path, delimiter: str) -> None:
     assert (first.prompt, first.subject, first.target_new) == ("{} plays the", "Ada Quill", 'harp, or\nlyre; \t "bow"')
     assert (first.weight, first.case_id, first.target_true) == (2.5, 0, None)
     assert (second.prompt, second.weight, second.case_id) == ("{} lives in", 1.0, 1)
-    assert [record.request().id for record in (first, second)] == ["0", "1"]
+    assert [record.request().id for record in (first, second)] == [None, None], "a place in a file is no name of a fact"
 
 
 COLUMNS = {
