@@ -5,6 +5,9 @@ that all sessions of one dtype share their compiled programs; `editing/test_sess
 outside `jax.enable_x64`, whichever test asks first.
 """
 
+import gc
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +22,18 @@ from kedit_jax.editing.session import EditSession, start_session
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.values import ValueSettings
 from kedit_jax.models import Decoder, ModelConfig, gpt2_config
+
+MANY_MAPS = 20_000  # Linux allows a process 65,530; XLA's compiler crashes where it gets no more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs() -> Iterator[None]:
+    """Every compiled program holds some memory mappings, and one process runs all tests: forget programs now and then."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
