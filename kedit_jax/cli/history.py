@@ -53,9 +53,8 @@ def restore(model: Model, ids: Ids, session: Session, moments: MomentsDir = None
 def undo(model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Take the last step back, whatever it was; again, the one before it."""
     current, _ = algebra.undo(_open(model, session, moments, dtype))
-    number = current.events[-1].undoes
-    assert number is not None  # noqa: S101  an undo names what it undoes
-    _store(current, session, f"undid step {number} ({current.events[number - 1].kind})")
+    undone = current.events[-1].undoes or 0  # an undo names what it undoes
+    _store(current, session, f"undid step {undone} ({current.events[undone - 1].kind})")
 
 
 def merge(

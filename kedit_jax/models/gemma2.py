@@ -48,6 +48,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
+    """What Gemma 2 and 3 have in common in their config.json."""
     written = write_gated(config)
     activation = written.pop("hidden_act")
     width = config.head_dim if config.query_width is None else config.query_width

@@ -34,6 +34,7 @@ def read_global(fields: Fields, head_dim: int) -> RotaryConfig:
 
 
 def read_local(fields: Fields, head_dim: int) -> RotaryConfig:
+    """The rotation of the layers with a window, which has a base of its own."""
     rope = rope_section(fields)
     rope = rope.section("sliding_attention") or Fields({}, "rope")
     return rotary_of(fields, rope, head_dim, theta_field="rope_local_base_freq", theta=_LOCAL_THETA, by_layer=True)

@@ -253,6 +253,7 @@ class Block(nnx.Module):
 
 
 def activation_function(name: Activation) -> Callable[[Array], Array]:
+    """The function that a configuration names."""
     match name:
         case "gelu":
             return lambda x: jax.nn.gelu(x, approximate=False)

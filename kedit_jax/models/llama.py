@@ -75,6 +75,7 @@ def read_gated(
 
 
 def read_head_dim(fields: Fields, d_model: int, n_heads: int) -> int:
+    """The width of a head: as given, or the model's shared among the heads."""
     if d_model % n_heads and not fields.has("head_dim"):
         fields.problem(f"hidden_size is {d_model}: without head_dim it must be a multiple of the {n_heads} heads")
     return fields.integer("head_dim", d_model // n_heads)
@@ -86,6 +87,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_gated(config: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that all families with a gated MLP have."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
