@@ -49,11 +49,11 @@ def key_drift(session: EditSession) -> Mapping[int, Drift]:
     facts = session.facts[session.compacted :]
     if not facts:
         raise SessionError("the session records no keys: it holds no facts, or all of them were compacted")
-    layouts, model = session._layouts(facts), session.model
+    layouts, model, top = session._layouts(facts), session.model, session.settings.layers[-1]
     streams, at, found = [reading.enter(model, layout) for layout in layouts], 0, {}
     for layer in session.settings.layers:
         read = [
-            reading.read(model, stream, at, layer, layer, layout.n_contexts)
+            reading.read(model, stream, at, layer, top, layout.n_contexts)
             for stream, layout in zip(streams, layouts, strict=True)
         ]
         streams, at = [stream for stream, _ in read], layer

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from kedit_jax.editing.packed import Packed, pack_rows, room
 from kedit_jax.editing.requests import SLOT, EditRequest
 from kedit_jax.errors import RequestError
 
@@ -107,7 +108,7 @@ def _locate(passage: Passage, offsets: Sequence[tuple[int, int]], special: Seque
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "valid", "targets", "target_weights", "target_columns"],
+    data_fields=["tokens", "valid", "targets", "target_weights", "target_columns", "packed"],
     meta_fields=["n_prefix", "n_contexts"],
 )
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,7 @@ class Layout:
         targets: [rows, A] the target's tokens, padded with 0.
         target_weights: [rows, A] 1 / (number of target tokens), 0 in padding and in KL rows.
         target_columns: [rows, A] the column, counted from `n_prefix`, whose logits predict each target token; in KL rows 0.
+        packed: the same rows as packed tokens.
         n_prefix: the column of the subject's last token.
         n_contexts: prompts a request is optimised over: the bare one and one for each prefix.
     """
@@ -133,12 +135,14 @@ class Layout:
     targets: Int[np.ndarray | jax.Array, "rows a"]
     target_weights: Float[np.ndarray | jax.Array, "rows a"]
     target_columns: Int[np.ndarray | jax.Array, "rows a"]
+    packed: Packed
     n_prefix: int
     n_contexts: int
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _columns(n: int, multiple: int) -> int:
+    """n rounded up to a few multiples: 1, 2, 3, 4, 6, 8, 12 ..."""
+    return multiple * room(-(-n // multiple), 2)
 
 
 def lay_out(
@@ -156,7 +160,8 @@ def lay_out(
         max_positions: longest row the model takes; a longer one is a RequestError.
         size: pad the batch to so many requests by repeating the first, so that batches share one compiled program.
 
-    Lengths are rounded up (8 columns before the subject's end, 4 behind it) for the same reason.
+    Lengths are rounded up (8, 16, 24, 32, 48 ... columns before the subject's end, 4, 8, 12, 16, 24 ... behind it, targets
+    to powers of two) for the same reason.
     """
     passages = []
     for request in requests:
@@ -191,10 +196,10 @@ def _cut_kl(encoded: Encoded) -> Encoded:
 
 def _align(encoded: Sequence[Encoded], n_contexts: int) -> Layout:
     rows = len(encoded)
-    n_prefix = max(8, _round_up(max(e.subject_last for e in encoded), 8))
+    n_prefix = max(8, _columns(max(e.subject_last for e in encoded), 8))
     inputs = [e.tokens[:-1] if e.target else e.tokens for e in encoded]
-    n_suffix = _round_up(max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True)), 4)
-    n_target = max(1, *(len(e.target) for e in encoded))
+    n_suffix = _columns(max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True)), 4)
+    n_target = room(max(len(e.target) for e in encoded), 1)
     tokens = np.zeros((rows, n_prefix + n_suffix), np.int32)
     valid = np.zeros(tokens.shape, bool)
     targets = np.zeros((rows, n_target), np.int32)
@@ -208,4 +213,5 @@ def _align(encoded: Sequence[Encoded], n_contexts: int) -> Layout:
         targets[row, :n] = e.target
         weights[row, :n] = 1 / max(n, 1)
         columns[row, :n] = e.n_prompt - e.subject_last - 1 + np.arange(n)
-    return Layout(tokens, valid, targets, weights, columns, n_prefix, n_contexts)
+    packed = pack_rows(tokens, valid, weights > 0, n_prefix=n_prefix, n_contexts=n_contexts)
+    return Layout(tokens, valid, targets, weights, columns, packed, n_prefix, n_contexts)

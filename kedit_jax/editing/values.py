@@ -6,9 +6,11 @@ For a batch of requests at once, with delta one vector a request,
                                      + kl_factor KL(edited || original) at the subject's last token of "{subject} is a"
                                      + decay |delta| / |h|^2            subject to  |delta| <= clamp |h|
 
-(MEMIT, arXiv 2210.07229). Only blocks above the edited layer run, on tokens from the subject's last one on: nothing
-before it depends on delta, so its keys and values are computed once; the last block and the head run at scored tokens
-alone. Published code runs the whole model instead.
+(MEMIT, arXiv 2210.07229). Published code runs the whole model on one request at a time. Here only blocks above the edited
+layer run, on packed tokens from the subjects' last ones on: nothing before those depends on delta, so its keys and values
+are computed once, and common beginnings of prompts once for all of them. The last block and the head run at scored tokens
+alone, and what the loss gives back to the head is written down rather than derived, which would keep several arrays as
+large as the logits.
 """
 
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kedit_jax.editing.tokens import Layout
-from kedit_jax.models import KV, Decoder, causal_mask, positions_of
+from kedit_jax.models import KV, Decoder, Keep, causal_mask, pack, positions_of, unpack
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,24 @@ class Values(NamedTuple):
 class _Problem(NamedTuple):
     """What the optimisation needs and delta does not change."""
 
-    suffix: Float[Array, "rows s d"]  # output of the edited layer from the subject's last token on
-    origin: Float[Array, "r d"]  # the same at that token of the bare prompt
-    past: tuple[KV, KV]  # keys and values of the tokens before it, in the blocks above but the last, and in the last
-    positions: Int[Array, "rows s"]
+    suffix: Float[Array, "1 n d"]  # output of the edited layer from the subjects' last tokens on, those first
+    origin: Float[Array, "r d"]  # the same at those of the bare prompts
+    past: tuple[KV, KV]  # keys and values of the tokens before them, in the blocks above but the last, and in the last
+    positions: Int[Array, "1 n"]
     mask: Bool[Array, "rows s ps"]
+    scored_at: Int[Array, "1 m"]  # which of the suffix's tokens are scored, those of the KL prompts first
+    scored_mask: Bool[Array, "rows a ps"]
+    targets: Int[Array, " m"]
+    weights: Float[Array, " m"]  # of each scored token's NLL in its request's loss; 0 for those of the KL prompts
+
+
+class _Score(NamedTuple):
+    """The loss at some delta, but for the decay, and its gradient."""
+
+    loss: Float[Array, " r"]
+    nll: Float[Array, " r"]
+    original: Float[Array, "r vocabulary"]  # log probabilities at the KL prompts at delta = 0
+    slope: Float[Array, "r d"]
 
 
 class _Progress(NamedTuple):
@@ -84,10 +100,19 @@ class _Progress(NamedTuple):
     updates: Int[Array, " r"]
     loss: Float[Array, " r"]  # at delta as it was before the last step, which is delta where done
     nll: Float[Array, " r"]
+    nll_before: Float[Array, " r"]
+    original: Float[Array, "r vocabulary"]  # as in `_Score`
 
 
-@partial(jax.jit, static_argnames=("layer", "settings"))
-def optimise_values(model: Decoder, layout: Layout, layer: int, settings: ValueSettings) -> Values:
+@partial(jax.jit, static_argnames=("layer", "settings", "keep", "dtype"))
+def optimise_values(
+    model: Decoder,
+    layout: Layout,
+    layer: int,
+    settings: ValueSettings,
+    keep: Keep = "products",
+    dtype: str | None = None,
+) -> Values:
     """Target values for the output of block `layer`, all requests of a layout together.
 
     Args:
@@ -95,29 +120,39 @@ def optimise_values(model: Decoder, layout: Layout, layer: int, settings: ValueS
         layout: rows of the batch, from `kedit_jax.editing.tokens.lay_out`.
         layer: the top edited layer.
         settings: how to optimise; compiled in, as a session keeps its settings.
+        keep: what each block keeps for the backward pass; "inputs" takes less memory and half a forward pass more.
+        dtype: what the blocks above the edited layer multiply in, as "bfloat16" on accelerators; the model's own by default.
+            Sums, norms, the loss and delta itself stay at least float32.
 
     Returns:
         Values for the requests in the layout's order. Non-finite numbers are left in place: the caller names requests.
     """
     problem = _prepare(model, layout, layer)
+    if dtype is not None:
+        model, problem = _narrowed(model, problem, jnp.dtype(dtype))
     adam = optax.adam(settings.learning_rate)
     norm = jnp.linalg.norm(problem.origin, axis=-1)
-    zero = jnp.zeros_like(problem.origin)
-    nll_before, reference = _nll_and_log_q(model, layout, problem, layer, zero)
-
-    def evaluate(delta: Array) -> tuple[Array, tuple[Array, Array]]:
-        nll, log_q = _nll_and_log_q(model, layout, problem, layer, delta)
-        kl = (jnp.exp(log_q) * (log_q - reference)).sum(-1)
-        loss = nll + settings.kl_factor * kl + settings.decay * _length(delta) / norm**2
-        return loss.sum(), (loss, nll)
+    zero, nothing = jnp.zeros_like(problem.origin), jnp.zeros_like(norm)
 
     def advance(state: _Progress) -> _Progress:
-        (_, (loss, nll)), slope = jax.value_and_grad(evaluate, has_aux=True)(state.delta)
+        first = state.step == 0
+        score = _score(model, layout, problem, layer, keep, state, settings)
+        loss = score.loss + settings.decay * _length(state.delta) / norm**2
         done = state.done | (loss < settings.stop_loss) | (state.step == settings.steps - 1)
+        slope = score.slope + settings.decay * _direction(state.delta) / norm[:, None] ** 2
         change, adam_state = adam.update(slope, state.adam)
         moved = _clamp(optax.apply_updates(state.delta, change), settings.clamp * norm)
-        delta = jnp.where(done[:, None], state.delta, moved)
-        return _Progress(state.step + 1, delta, adam_state, done, state.updates + ~done, loss, nll)
+        return _Progress(
+            step=state.step + 1,
+            delta=jnp.where(done[:, None], state.delta, moved),
+            adam=adam_state,
+            done=done,
+            updates=state.updates + ~done,
+            loss=loss,
+            nll=score.nll,
+            nll_before=jnp.where(first, score.nll, state.nll_before),
+            original=score.original,
+        )
 
     start = _Progress(
         step=jnp.int32(0),
@@ -125,65 +160,117 @@ def optimise_values(model: Decoder, layout: Layout, layer: int, settings: ValueS
         adam=adam.init(zero),
         done=jnp.zeros(norm.shape, bool),
         updates=jnp.zeros(norm.shape, jnp.int32),
-        loss=nll_before,  # at delta = 0 the other terms are 0
-        nll=nll_before,
+        loss=nothing,
+        nll=nothing,
+        nll_before=nothing,
+        original=jnp.zeros((len(norm), model.config.vocab_size), norm.dtype),
     )
     end = jax.lax.while_loop(lambda state: ~state.done.all(), advance, start)
-    return Values(problem.origin + end.delta, nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm)
+    z = problem.origin + end.delta
+    return Values(z, end.nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm)
 
 
 def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
     """Run what does not depend on delta: all blocks up to the edited one, those above on what precedes the subject's end."""
-    above, cut = layer + 1, layout.n_prefix
-    tokens, valid = jnp.asarray(layout.tokens), jnp.asarray(layout.valid)
-    positions, mask = positions_of(valid), causal_mask(valid)
-    h, _ = model.run_layers(model.embed(tokens, positions), 0, above, positions=positions, mask=mask)
-    last = max(above, model.config.n_layers - 1)
-    where, seen = positions[:, :cut], mask[:, :cut, :cut]
-    before, _, past = model.prefill(h[:, :cut], above, last, positions=where, mask=seen)
-    _, _, past_last = model.prefill(before, last, model.config.n_layers, positions=where, mask=seen)
-    origin = h[:: layout.n_contexts + 1, cut]
+    packed, above, cut = layout.packed, layer + 1, layout.n_prefix
+    valid = jnp.asarray(layout.valid)
+    mask, whole = causal_mask(valid), packed.whole
+    positions = pack(whole, positions_of(valid))
+    h = model.embed(pack(whole, jnp.asarray(layout.tokens)), positions)
+    h, _ = model.run_layers(h, 0, above, positions=positions, mask=mask, packing=whole)
+
+    before, last = packed.before, max(above, model.config.n_layers - 1)
+    where, seen = positions[:, before.places], mask[:, :cut, :cut]
+    left, _, past = model.prefill(h[:, before.places], above, last, positions=where, mask=seen, packing=before.packing)
+    _, _, past_last = model.prefill(
+        left, last, model.config.n_layers, positions=where, mask=seen, packing=before.packing
+    )  # fmt: skip
+
+    after, scored = packed.after, packed.scored
+    columns = jnp.asarray(layout.target_columns)
+    scored_at = pack(scored, jnp.take_along_axis(jnp.asarray(after.packing.slots), columns, axis=1))
+    weights = jnp.asarray(layout.target_weights) / layout.n_contexts
+    suffix, rows = h[:, after.places], len(valid)
+    origin = suffix[0, : rows : layout.n_contexts + 1]
     origin = origin.astype(jnp.promote_types(h.dtype, jnp.float32))  # delta is optimised in no less
-    return _Problem(h[:, cut:], origin, (past, past_last), positions[:, cut:], mask[:, cut:])
+    return _Problem(
+        suffix=suffix,
+        origin=origin,
+        past=(past, past_last),
+        positions=positions[:, after.places],
+        mask=mask[:, cut:],
+        scored_at=scored_at,
+        scored_mask=jnp.take_along_axis(mask[:, cut:], columns[:, :, None], axis=1),
+        targets=pack(scored, jnp.asarray(layout.targets))[0],
+        weights=pack(scored, weights)[0].astype(origin.dtype),
+    )
 
 
-def _scored(
-    model: Decoder, layout: Layout, problem: _Problem, layer: int, delta: Float[Array, "r d"]
-) -> Float[Array, "rows a d"]:
-    """The last block's output at the scored tokens, with delta added to block `layer`'s at the subject's last token."""
-    above, n_layers, at = layer + 1, model.config.n_layers, jnp.asarray(layout.target_columns)
-    added = jnp.repeat(delta, problem.suffix.shape[0] // delta.shape[0], axis=0)
-    h = problem.suffix.at[:, 0].add(added.astype(problem.suffix.dtype))
+def _narrowed(model: Decoder, problem: _Problem, dtype: np.dtype) -> tuple[Decoder, _Problem]:
+    """What the optimisation computes with, in another dtype; the hidden state that delta is added to keeps its own."""
+    narrow = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+    past: tuple[KV, KV] = jax.tree.map(narrow, problem.past)
+    return jax.tree.map(narrow, model), problem._replace(suffix=narrow(problem.suffix), past=past)
+
+
+def _hidden(
+    model: Decoder, layout: Layout, problem: _Problem, layer: int, keep: Keep, delta: Float[Array, "r d"]
+) -> Float[Array, "1 m d"]:
+    """The last block's output at the scored tokens, with delta added to block `layer`'s at the subjects' last tokens."""
+    above, n_layers, after = layer + 1, model.config.n_layers, layout.packed.after.packing
+    rows = layout.tokens.shape[0]
+    added = jnp.repeat(delta, layout.n_contexts + 1, axis=0).astype(problem.suffix.dtype)
+    h = jnp.concatenate([problem.suffix[:, :rows] + added, problem.suffix[:, rows:]], axis=1)
     if above == n_layers:
-        return jnp.take_along_axis(h, at[:, :, None], axis=1)
+        return h[:, problem.scored_at[0]]
     past, past_last = problem.past
-    h, _ = model.run_layers(h, above, n_layers - 1, positions=problem.positions, mask=problem.mask, past=past)
-    return model.run_last(h, positions=problem.positions, mask=problem.mask, at=at, past=past_last)
+    h, _ = model.run_layers(
+        h, above, n_layers - 1, positions=problem.positions, mask=problem.mask, past=past, packing=after, keep=keep
+    )
+    return model.run_last(
+        h, positions=problem.positions, mask=problem.scored_mask, at=problem.scored_at, past=past_last,
+        packing=after, queries=layout.packed.scored,
+    )  # fmt: skip
 
 
-def _nll_and_log_q(
-    model: Decoder, layout: Layout, problem: _Problem, layer: int, delta: Float[Array, "r d"]
-) -> tuple[Float[Array, " r"], Float[Array, "r vocabulary"]]:
-    """Mean NLL of the target over contexts and tokens, and the log probabilities at the KL prompt, for every request."""
-    scored = _scored(model, layout, problem, layer, delta)
-    by_request = scored.reshape(delta.shape[0], layout.n_contexts + 1, *scored.shape[1:])
-    log_p = _log_softmax(model, by_request[:, :-1])
-    targets = layout.targets.reshape(by_request.shape[:3])[:, :-1]
-    weights = layout.target_weights.reshape(by_request.shape[:3])[:, :-1]
-    token_nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    nll = (token_nll * weights.astype(token_nll.dtype)).sum(-1).mean(-1)
-    return nll, _log_softmax(model, by_request[:, -1, 0])
+def _score(
+    model: Decoder, layout: Layout, problem: _Problem, layer: int, keep: Keep, state: _Progress, settings: ValueSettings
+) -> _Score:
+    """Mean NLL of the target over contexts and tokens, plus the KL term; at delta = 0 that one is 0 and has no gradient.
 
+    The gradient in the logits is p - 1 at the target for an NLL, and p (log p - log p0 - KL) for a KL.
+    """
+    hidden, to_delta = jax.vjp(partial(_hidden, model, layout, problem, layer, keep), state.delta)
+    logits, to_hidden = jax.vjp(model.logits, hidden[0])
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    n_kl = len(state.delta)
 
-def _log_softmax(model: Decoder, h: Float[Array, "... d"]) -> Float[Array, "... vocabulary"]:
-    return jax.nn.log_softmax(model.logits(h), axis=-1)
+    log_q = logits[:n_kl] - log_z[:n_kl]
+    original = jnp.where(state.step == 0, log_q, state.original)
+    gap = log_q - original
+    q = jnp.exp(log_q)
+    kl = (q * gap).sum(-1, keepdims=True)
+
+    token_nll = log_z[:, 0] - jnp.take_along_axis(logits, problem.targets[:, None], axis=-1)[:, 0]
+    terms = unpack(layout.packed.scored, (token_nll * problem.weights)[None])
+    nll = jnp.where(layout.packed.scored.used, terms, 0).reshape(n_kl, -1).sum(-1)
+
+    weights, targets = problem.weights[n_kl:, None], problem.targets[n_kl:, None]
+    is_target = targets == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    uphill = weights * (jnp.exp(logits[n_kl:] - log_z[n_kl:]) - is_target)
+    (at_hidden,) = to_hidden(jnp.concatenate([settings.kl_factor * q * (gap - kl), uphill]).astype(logits.dtype))
+    (slope,) = to_delta(at_hidden[None])
+    return _Score(nll + settings.kl_factor * kl[:, 0], nll, original, slope)
 
 
 def _length(delta: Float[Array, "r d"]) -> Float[Array, " r"]:
-    """|delta|, with gradient 0 at 0, where the norm has none."""
-    square = (delta**2).sum(-1)
-    moved = square > 0
-    return jnp.where(moved, jnp.sqrt(jnp.where(moved, square, 1)), 0)
+    return jnp.linalg.norm(delta, axis=-1)
+
+
+def _direction(delta: Float[Array, "r d"]) -> Float[Array, "r d"]:
+    """The gradient of |delta|, taken for 0 at 0, where there is none."""
+    length = _length(delta)[:, None]
+    return jnp.where(length > 0, delta / jnp.where(length > 0, length, 1), 0)
 
 
 def _clamp(delta: Float[Array, "r d"], limit: Float[Array, " r"]) -> Float[Array, "r d"]:

@@ -9,11 +9,12 @@ from kedit_jax.models.config import (
     ModelConfig,
     RotaryConfig,
 )
-from kedit_jax.models.decoder import Decoder, causal_mask, down_kernel_address, positions_of
+from kedit_jax.models.decoder import Decoder, Keep, causal_mask, down_kernel_address, positions_of
 from kedit_jax.models.generation import generate
 from kedit_jax.models.gpt2 import gpt2_config
 from kedit_jax.models.layers import KV
 from kedit_jax.models.loading import abstract_decoder, load, load_model, load_tokenizer, model_fingerprint, read_config
+from kedit_jax.models.packing import Packing, pack, single_tokens, unpack
 from kedit_jax.models.parameters import named_parameters, with_parameters
 from kedit_jax.models.saving import save_model
 
@@ -21,11 +22,13 @@ __all__ = [
     "KV",
     "Biases",
     "Decoder",
+    "Keep",
     "LinearScaling",
     "Llama3Scaling",
     "LocalAttention",
     "LongRope",
     "ModelConfig",
+    "Packing",
     "RotaryConfig",
     "abstract_decoder",
     "causal_mask",
@@ -37,8 +40,11 @@ __all__ = [
     "load_tokenizer",
     "model_fingerprint",
     "named_parameters",
+    "pack",
     "positions_of",
     "read_config",
     "save_model",
+    "single_tokens",
+    "unpack",
     "with_parameters",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,15 @@ from kedit_jax.models.layers import (
     LayerNorm,
     View,
     at_least_float32,
+    pick,
     rotation_of,
     soft_capped,
     windowed,
 )
+from kedit_jax.models.packing import Packing, unpack
+
+Keep = Literal["inputs", "products"]
+"""What a segment keeps of each layer for the backward pass: its input alone, or all that matrices were multiplied to."""
 
 
 class Head(nnx.Module):
@@ -87,8 +92,10 @@ class Decoder(nnx.Module):
         stop: int,
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B T S"],
+        mask: Bool[Array, "#R Q S"],
         past: KV | None = None,
+        packing: Packing | None = None,
+        keep: Keep = "inputs",
     ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"]]:
         """Layers start <= i < stop (static integers) on the residual stream h.
 
@@ -100,6 +107,8 @@ class Decoder(nnx.Module):
           mask: which tokens each one attends to: those of `past` first, then these. Layers with a sliding window take
             away what lies outside of it by themselves.
           past: attention keys and values of earlier tokens in these layers, as `prefill` returned them.
+          packing: the tokens are packed ones, [1, N, d]; `mask` and `past` are those of its rows.
+          keep: for the gradient; "products" saves half a forward pass in three and takes the memory of the activations.
 
         Returns:
           The residual stream after layer `stop - 1`, and the inputs of the layers' down projections. Under `jit` either
@@ -108,7 +117,8 @@ class Decoder(nnx.Module):
         Raises:
           KeditError: no such layers, or shapes that do not fit together.
         """
-        h, keys, _ = self._scan(h, start, stop, positions=positions, mask=mask, past=past, keep_kv=False)
+        attended = _Attended(positions, mask, past, packing, packing)
+        h, keys, _ = self._scan(h, start, stop, attended, keep_kv=False, keep=keep)
         return h, keys
 
     def prefill(
@@ -118,33 +128,69 @@ class Decoder(nnx.Module):
         stop: int,
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B T S"],
+        mask: Bool[Array, "#R Q S"],
         past: KV | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"], KV]:
-        """`run_layers`, and the attention keys and values of these tokens in these layers, each [layers, B, T, n_kv, hd]."""
-        h, keys, kv = self._scan(h, start, stop, positions=positions, mask=mask, past=past, keep_kv=True)
-        return h, keys, kv
+        """`run_layers`, and the attention keys and values of these tokens in these layers, each [layers, R, Q, n_kv, hd].
+
+        Those of packed tokens are given as rows, zero at padding: what `past` wants of the tokens that come next.
+        """
+        attended = _Attended(positions, mask, past, packing, packing)
+        h, keys, kv = self._scan(h, start, stop, attended, keep_kv=True)
+        return h, keys, kv if packing is None else _cache_rows(kv, packing)
 
     def run_last(
         self,
         h: Float[Array, "B T d"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B T S"],
+        mask: Bool[Array, "#R Q S"],
         at: Int[Array, "B A"],
         past: KV | None = None,
+        packing: Packing | None = None,
+        queries: Packing | None = None,
     ) -> Float[Array, "B A d"]:
         """The last layer for the tokens in columns `at` alone, all a caller needs who reads logits there.
 
         Arguments as for `run_layers(h, n_layers - 1, n_layers)`, whose output it gives in those columns, without the
-        queries and the MLP of all others.
+        queries and the MLP of all others. Of packed tokens, `queries` leads from those at `at` to the rows of `mask`.
         """
         last = self.config.n_layers - 1
-        _check_segment(self.config, h, last, last + 1, mask, past)
-        block, kv = jax.tree.map(lambda stack: stack[last], self.layers), jax.tree.map(lambda layers: layers[0], past)
-        kinds = self._kinds(last, last + 1)
-        view = self._views(positions, mask, past, kinds)[kinds[0]]
-        return block(h, view=view, past=kv, at=at)[0]
+        rest, key = self.before_down(
+            h, last, positions=positions, mask=mask, at=at, past=past, packing=packing, queries=queries
+        )
+        return self.after_down(rest, key, last)
+
+    def before_down(
+        self,
+        h: Float[Array, "B T d"],
+        layer: int,
+        *,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#R Q S"],
+        at: Int[Array, "B A"] | None = None,
+        past: KV | None = None,
+        packing: Packing | None = None,
+        queries: Packing | None = None,
+    ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"]]:
+        """A layer up to its down projection: what the projection's output is added to, and its input (an edit's key).
+
+        `after_down` finishes the layer, with the kernel as it then is. Arguments as for `run_last`.
+        """
+        _check_segment(self.config, h, layer, layer + 1, mask, past, packing)
+        attended = _Attended(positions, mask, past, packing, packing if at is None else queries)
+        kinds = self._kinds(layer, layer + 1)
+        view = self._views(attended, kinds, at)[kinds[0]]
+        kv = jax.tree.map(lambda layers: layers[0], past)
+        rest, key, _ = self._block(layer).before_down(h, view=view, past=kv, at=at)
+        return rest, key
+
+    def after_down(
+        self, rest: Float[Array, "B T d"], key: Float[Array, "B T d_ff"], layer: int
+    ) -> Float[Array, "B T d"]:
+        """The residual stream after a layer that `before_down` began."""
+        return self._block(layer).after_down(rest, key)
 
     def logits(self, h: Float[Array, "*B d"]) -> Float[Array, "*B V"]:
         """Final norm and output projection, in at least float32."""
@@ -159,20 +205,18 @@ class Decoder(nnx.Module):
         cap = self.config.logit_soft_cap
         return logits if cap is None else soft_capped(logits, cap)
 
+    def _block(self, layer: int) -> Block:
+        """One layer's parameters."""
+        block: Block = jax.tree.map(lambda stack: stack[layer], self.layers)
+        return block
+
     def _scan(
-        self,
-        h: Array,
-        start: int,
-        stop: int,
-        *,
-        positions: Array,
-        mask: Array,
-        past: KV | None,
-        keep_kv: bool,
+        self, h: Array, start: int, stop: int, attended: _Attended, *, keep_kv: bool, keep: Keep = "inputs"
     ) -> tuple[Array, Array, Any]:
-        _check_segment(self.config, h, start, stop, mask, past)
+        positions, mask, past, packing, _ = attended
+        _check_segment(self.config, h, start, stop, mask, past, packing)
         kinds = self._kinds(start, stop)
-        views = self._views(positions, mask, past, kinds)
+        views = self._views(attended, kinds)
         kept = None if self.config.local is None else jnp.broadcast_to(positions, h.shape[:2])
 
         def layer(h: Array, xs: tuple[Array, KV | None]) -> tuple[Array, tuple[Array, KV | None]]:
@@ -185,7 +229,9 @@ class Decoder(nnx.Module):
         # every indexed weight. Measured with 6 layers, d 128, d_ff 2048, 768 tokens on 2 CPU cores: gradient in the
         # parameters 113 ms and 41 MB against 231 ms and 297 MB; in h, layers 2:6, 39 ms and 25 MB against 83 ms and 172 MB.
         # Scanning a slice of the stack instead of indexing it was no faster (116 ms), and it copies the weights.
-        layer = jax.checkpoint(layer, prevent_cse=False)  # a scan keeps the two passes apart by itself
+        # Keeping the products leaves out of the recomputation what is dear, and of the memory what is indexed.
+        policy = None if keep == "inputs" else jax.checkpoint_policies.dots_saveable
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)  # a scan keeps the two passes apart by itself
         h, (keys, kv) = lax.scan(layer, h, (jnp.arange(start, stop), past))
         return h, keys, kv
 
@@ -194,22 +240,48 @@ class Decoder(nnx.Module):
         local = self.config.local
         return (False,) * (stop - start) if local is None else local.layers[start:stop]
 
-    def _views(self, positions: Array, mask: Array, past: KV | None, kinds: tuple[bool, ...]) -> tuple[View, View]:
+    def _views(
+        self, attended: _Attended, kinds: tuple[bool, ...], at: Int[Array, "B A"] | None = None
+    ) -> tuple[View, View]:
         """What layers without and with a sliding window see, made once for all of them."""
+        positions, mask, past, packing, queries = attended
         config, local = self.config, self.config.local
         rotation = None if config.rotary is None else rotation_of(config.rotary, positions, self.dtype)
-        view = View(rotation, mask)
+        view = View(rotation, mask, packing, queries)
         if local is None or not any(kinds):
             return view, view
-        attended = positions
+        rows = positions if packing is None else unpack(packing, positions)
+        asking = rows if queries is packing or queries is None else unpack(queries, pick(positions, at))
+        seen = rows
         if past is not None:
             if past.positions is None:
                 raise KeditError("`past` holds no positions, which sliding windows need: take it from `prefill`")
             before = past.positions[0]
-            attended = jnp.concatenate([before, jnp.broadcast_to(positions, (len(before), positions.shape[1]))], axis=1)
+            seen = jnp.concatenate([before, jnp.broadcast_to(rows, (len(before), rows.shape[1]))], axis=1)
         if local.rotary is not None:
             rotation = rotation_of(local.rotary, positions, self.dtype)
-        return view, View(rotation, windowed(mask, positions, attended, local.window))
+        return view, View(rotation, windowed(mask, asking, seen, local.window), packing, queries)
+
+
+class _Attended(NamedTuple):
+    """What the tokens of a segment attend to, as the arguments of `Decoder.run_layers` say it."""
+
+    positions: Array
+    mask: Array
+    past: KV | None
+    packing: Packing | None
+    queries: Packing | None
+
+
+def _cache_rows(kv: KV, packing: Packing) -> KV:
+    """Attention keys and values [layers, 1, N, ...] of packed tokens as rows [layers, B, T, ...], zero at padding."""
+    slots, used = jnp.asarray(packing.slots), jnp.asarray(packing.used)
+
+    def rows(packed: Array) -> Array:
+        found = packed[:, 0].at[:, slots].get(mode="promise_in_bounds")
+        return jnp.where(used.reshape(1, *used.shape, *(1,) * (found.ndim - 3)), found, 0)
+
+    return jax.tree.map(rows, kv)
 
 
 def _view(views: tuple[View, View], kinds: tuple[bool, ...], place: Array) -> View:
@@ -244,7 +316,9 @@ def _logits(model: Decoder, tokens: Array, valid: Array) -> Array:
     return model.logits(h)
 
 
-def _check_segment(config: ModelConfig, h: Array, start: int, stop: int, mask: Array, past: KV | None) -> None:
+def _check_segment(
+    config: ModelConfig, h: Array, start: int, stop: int, mask: Array, past: KV | None, packing: Packing | None = None
+) -> None:
     """Structural errors, raised at trace time."""
     if not 0 <= start <= stop <= config.n_layers:
         raise KeditError(
@@ -253,10 +327,9 @@ def _check_segment(config: ModelConfig, h: Array, start: int, stop: int, mask: A
     length = 0 if past is None else past.k.shape[2]
     if past is not None and past.k.shape[0] != stop - start:
         raise KeditError(f"`past` holds {past.k.shape[0]} layers, but layers {start}:{stop} run")
-    if mask.shape[-1] != length + h.shape[1]:
-        raise KeditError(
-            f"the mask covers {mask.shape[-1]} attended tokens, but there are {length} past and {h.shape[1]} new ones"
-        )
+    new = h.shape[1] if packing is None else packing.slots.shape[1]
+    if mask.shape[-1] != length + new:
+        raise KeditError(f"the mask covers {mask.shape[-1]} attended tokens, but there are {length} past and {new} new ones")
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

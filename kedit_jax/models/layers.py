@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from kedit_jax.models.config import Activation, LinearScaling, LongRope, ModelConfig, RotaryConfig
+from kedit_jax.models.packing import Packing, pack, unpack
 
 INIT_STD = 0.02  # GPT-2's; all families here were trained from about this scale
 
@@ -40,10 +41,16 @@ class Rotation(NamedTuple):
 
 
 class View(NamedTuple):
-    """How the tokens of one kind of layers see each other: their rotary angles, and which ones they attend to."""
+    """How the tokens of one kind of layers see each other: their rotary angles, and which ones they attend to.
+
+    Where tokens are packed, `keys` and `queries` lead to the rows in which they attend, and `mask` is that of the queries'
+    rows; the two differ where a layer runs for some of its tokens alone.
+    """
 
     rotation: Rotation | None
     mask: Bool[Array, "#B T S"]
+    keys: Packing | None = None
+    queries: Packing | None = None
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
@@ -137,9 +144,18 @@ class Attention(nnx.Module):
             q = rotate(q, Rotation(*(pick(part, at) for part in view.rotation)), self.interleaved)
             k = rotate(k, view.rotation, self.interleaved)
         new = KV(k, v)
-        sources = (new,) if past is None else (past, new)
-        attended = attend(q, sources, pick(view.mask, at), width=self.query_width, soft_cap=self.soft_cap)
+        if view.keys is None or view.queries is None:
+            attended = self._attend(q, new, past, pick(view.mask, at))
+        else:
+            rows = KV(unpack(view.keys, k), unpack(view.keys, v))
+            attended = pack(view.queries, self._attend(unpack(view.queries, q), rows, past, view.mask))
         return self.o(attended.reshape(*q.shape[:2], -1)), new
+
+    def _attend(
+        self, q: Float[Array, "B T H hd"], new: KV, past: KV | None, mask: Bool[Array, "#B T S"]
+    ) -> Float[Array, "B T H hd"]:
+        sources = (new,) if past is None else (past, new)
+        return attend(q, sources, mask, width=self.query_width, soft_cap=self.soft_cap)
 
     def _heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads hd"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -203,10 +219,10 @@ class Mlp(nnx.Module):
         self.down = Linear(d_ff, d, stack=stack, bias=bias, std=_residual_std(config), rngs=rngs, dtype=dtype)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "B T d"]) -> tuple[Float[Array, "B T d"], Float[Array, "B T d_ff"]]:
+    def key(self, x: Float[Array, "B T d"]) -> Float[Array, "B T d_ff"]:
+        """The input of the down projection."""
         act = activation_function(self.activation)
-        key = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(key), key
+        return act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
 
 
 class Block(nnx.Module):
@@ -237,19 +253,32 @@ class Block(nnx.Module):
 
         With `at`, the first two are those of the tokens in these columns alone; all tokens are still attended to.
         """
+        rest, key, kv = self.before_down(h, view=view, past=past, at=at)
+        return self.after_down(rest, key), key, kv
+
+    def before_down(
+        self,
+        h: Float[Array, "B T d"],
+        *,
+        view: View,
+        past: KV | None,
+        at: Int[Array, "B A"] | None = None,
+    ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"], KV]:
+        """(what the output of the down projection will be added to, its input, attention keys and values)."""
         normed = self.attn_norm(h)
         attended, kv = self.attn(normed, view=view, past=past, at=at)
         if self.attn_post_norm is not None:
             attended = self.attn_post_norm(attended)
         h = pick(h, at)
+        rest = h + attended
         if self.parallel:
-            value, key = self.mlp(pick(normed, at) if self.mlp_norm is None else self.mlp_norm(h))
-            return h + attended + value, key, kv
-        h = h + attended
-        value, key = self.mlp(h if self.mlp_norm is None else self.mlp_norm(h))
-        if self.mlp_post_norm is not None:
-            value = self.mlp_post_norm(value)
-        return h + value, key, kv
+            return rest, self.mlp.key(pick(normed, at) if self.mlp_norm is None else self.mlp_norm(h)), kv
+        return rest, self.mlp.key(rest if self.mlp_norm is None else self.mlp_norm(rest)), kv
+
+    def after_down(self, rest: Float[Array, "B T d"], key: Float[Array, "B T d_ff"]) -> Float[Array, "B T d"]:
+        """The residual stream after the layer."""
+        value = self.mlp.down(key)
+        return rest + (value if self.mlp_post_norm is None else self.mlp_post_norm(value))
 
 
 def activation_function(name: Activation) -> Callable[[Array], Array]:
