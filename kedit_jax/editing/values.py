@@ -13,6 +13,7 @@ alone, and what the loss gives back to the head is written down rather than deri
 large as the logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +25,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kedit_jax.editing.tokens import Layout
-from kedit_jax.models import KV, Decoder, Keep, causal_mask, pack, positions_of, unpack
+from kedit_jax.models import Decoder, Keep, Past, causal_mask, pack, positions_of, unpack
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Problem(NamedTuple):
 
     suffix: Float[Array, "1 n d"]  # output of the edited layer from the subjects' last tokens on, those first
     origin: Float[Array, "r d"]  # the same at those of the bare prompts
-    past: tuple[KV, KV]  # keys and values of the tokens before them, in the blocks above but the last, and in the last
+    past: tuple[Past, Past]  # keys and values of the tokens before them, in the blocks above but the last, and in the last
     positions: Int[Array, "1 n"]
     mask: Bool[Array, "rows s ps"]
     scored_at: Int[Array, "1 m"]  # which of the suffix's tokens are scored, those of the KL prompts first
@@ -82,12 +83,11 @@ class _Problem(NamedTuple):
 
 
 class _Score(NamedTuple):
-    """The loss at some delta, but for the decay, and its gradient."""
+    """The loss at some delta, but for the decay."""
 
     loss: Float[Array, " r"]
     nll: Float[Array, " r"]
     original: Float[Array, "r vocabulary"]  # log probabilities at the KL prompts at delta = 0
-    slope: Float[Array, "r d"]
 
 
 class _Progress(NamedTuple):
@@ -135,11 +135,11 @@ def optimise_values(
     zero, nothing = jnp.zeros_like(problem.origin), jnp.zeros_like(norm)
 
     def advance(state: _Progress) -> _Progress:
-        first = state.step == 0
-        score = _score(model, layout, problem, layer, keep, state, settings)
+        score, uphill = _score(model, layout, problem, layer, keep, state, settings)
         loss = score.loss + settings.decay * _length(state.delta) / norm**2
         done = state.done | (loss < settings.stop_loss) | (state.step == settings.steps - 1)
-        slope = score.slope + settings.decay * _direction(state.delta) / norm[:, None] ** 2
+        slope = uphill()
+        slope = slope + settings.decay * _direction(state.delta) / norm[:, None] ** 2
         change, adam_state = adam.update(slope, state.adam)
         moved = _clamp(optax.apply_updates(state.delta, change), settings.clamp * norm)
         return _Progress(
@@ -150,7 +150,7 @@ def optimise_values(
             updates=state.updates + ~done,
             loss=loss,
             nll=score.nll,
-            nll_before=jnp.where(first, score.nll, state.nll_before),
+            nll_before=jnp.where(state.step == 0, score.nll, state.nll_before),
             original=score.original,
         )
 
@@ -209,7 +209,7 @@ def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
 def _narrowed(model: Decoder, problem: _Problem, dtype: np.dtype) -> tuple[Decoder, _Problem]:
     """What the optimisation computes with, in another dtype; the hidden state that delta is added to keeps its own."""
     narrow = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
-    past: tuple[KV, KV] = jax.tree.map(narrow, problem.past)
+    past: tuple[Past, Past] = jax.tree.map(narrow, problem.past)
     return jax.tree.map(narrow, model), problem._replace(suffix=narrow(problem.suffix), past=past)
 
 
@@ -235,8 +235,8 @@ def _hidden(
 
 def _score(
     model: Decoder, layout: Layout, problem: _Problem, layer: int, keep: Keep, state: _Progress, settings: ValueSettings
-) -> _Score:
-    """Mean NLL of the target over contexts and tokens, plus the KL term; at delta = 0 that one is 0 and has no gradient.
+) -> tuple[_Score, Callable[[], Float[Array, "r d"]]]:
+    """The loss but for the decay, and what computes its gradient. At delta = 0 the KL is 0 and has no gradient.
 
     The gradient in the logits is p - 1 at the target for an NLL, and p (log p - log p0 - KL) for a KL.
     """
@@ -255,12 +255,16 @@ def _score(
     terms = unpack(layout.packed.scored, (token_nll * problem.weights)[None])
     nll = jnp.where(layout.packed.scored.used, terms, 0).reshape(n_kl, -1).sum(-1)
 
-    weights, targets = problem.weights[n_kl:, None], problem.targets[n_kl:, None]
-    is_target = targets == jnp.arange(logits.shape[-1], dtype=targets.dtype)
-    uphill = weights * (jnp.exp(logits[n_kl:] - log_z[n_kl:]) - is_target)
-    (at_hidden,) = to_hidden(jnp.concatenate([settings.kl_factor * q * (gap - kl), uphill]).astype(logits.dtype))
-    (slope,) = to_delta(at_hidden[None])
-    return _Score(nll + settings.kl_factor * kl[:, 0], nll, original, slope)
+    def uphill() -> Float[Array, "r d"]:
+        weights, targets = problem.weights[n_kl:, None], problem.targets[n_kl:, None]
+        is_target = targets == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+        of_nll = weights * (jnp.exp(logits[n_kl:] - log_z[n_kl:]) - is_target)
+        of_kl = settings.kl_factor * q * (gap - kl)
+        (at_hidden,) = to_hidden(jnp.concatenate([of_kl, of_nll]).astype(logits.dtype))
+        (slope,) = to_delta(at_hidden[None])
+        return slope
+
+    return _Score(nll + settings.kl_factor * kl[:, 0], nll, original), uphill
 
 
 def _length(delta: Float[Array, "r d"]) -> Float[Array, " r"]:

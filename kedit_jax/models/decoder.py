@@ -17,7 +17,9 @@ from kedit_jax.models.layers import (
     INIT_STD,
     KV,
     Block,
+    HeadKV,
     LayerNorm,
+    Past,
     View,
     at_least_float32,
     pick,
@@ -93,7 +95,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#R Q S"],
-        past: KV | None = None,
+        past: Past | None = None,
         packing: Packing | None = None,
         keep: Keep = "inputs",
     ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"]]:
@@ -129,12 +131,12 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#R Q S"],
-        past: KV | None = None,
+        past: Past | None = None,
         packing: Packing | None = None,
-    ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"], KV]:
-        """`run_layers`, and the attention keys and values of these tokens in these layers, each [layers, R, Q, n_kv, hd].
+    ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"], Past]:
+        """`run_layers`, and the attention keys and values of these tokens in these layers, each [layers, B, T, n_kv, hd].
 
-        Those of packed tokens are given as rows, zero at padding: what `past` wants of the tokens that come next.
+        Those of packed tokens are given as rows with heads first, zero at padding.
         """
         attended = _Attended(positions, mask, past, packing, packing)
         h, keys, kv = self._scan(h, start, stop, attended, keep_kv=True)
@@ -147,7 +149,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#R Q S"],
         at: Int[Array, "B A"],
-        past: KV | None = None,
+        past: Past | None = None,
         packing: Packing | None = None,
         queries: Packing | None = None,
     ) -> Float[Array, "B A d"]:
@@ -170,7 +172,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "#R Q S"],
         at: Int[Array, "B A"] | None = None,
-        past: KV | None = None,
+        past: Past | None = None,
         packing: Packing | None = None,
         queries: Packing | None = None,
     ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"]]:
@@ -219,7 +221,7 @@ class Decoder(nnx.Module):
         views = self._views(attended, kinds)
         kept = None if self.config.local is None else jnp.broadcast_to(positions, h.shape[:2])
 
-        def layer(h: Array, xs: tuple[Array, KV | None]) -> tuple[Array, tuple[Array, KV | None]]:
+        def layer(h: Array, xs: tuple[Array, Past | None]) -> tuple[Array, tuple[Array, KV | None]]:
             index, past = xs
             block = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), self.layers)
             h, key, kv = block(h, view=_view(views, kinds, index - start), past=past)
@@ -268,20 +270,20 @@ class _Attended(NamedTuple):
 
     positions: Array
     mask: Array
-    past: KV | None
+    past: Past | None
     packing: Packing | None
     queries: Packing | None
 
 
-def _cache_rows(kv: KV, packing: Packing) -> KV:
-    """Attention keys and values [layers, 1, N, ...] of packed tokens as rows [layers, B, T, ...], zero at padding."""
+def _cache_rows(kv: KV, packing: Packing) -> HeadKV:
+    """Attention keys and values [layers, 1, N, ...] of packed tokens as those of rows, zero at padding."""
     slots, used = jnp.asarray(packing.slots), jnp.asarray(packing.used)
 
     def rows(packed: Array) -> Array:
-        found = packed[:, 0].at[:, slots].get(mode="promise_in_bounds")
-        return jnp.where(used.reshape(1, *used.shape, *(1,) * (found.ndim - 3)), found, 0)
+        return packed[:, 0].at[:, slots].get(mode="promise_in_bounds")
 
-    return jax.tree.map(rows, kv)
+    k, v = (jnp.where(used[:, None, :, None], jnp.swapaxes(rows(part), 2, 3), 0) for part in (kv.k, kv.v))
+    return HeadKV(k, v, None if kv.positions is None else jnp.where(used, rows(kv.positions), 0))
 
 
 def _view(views: tuple[View, View], kinds: tuple[bool, ...], place: Array) -> View:
@@ -317,14 +319,14 @@ def _logits(model: Decoder, tokens: Array, valid: Array) -> Array:
 
 
 def _check_segment(
-    config: ModelConfig, h: Array, start: int, stop: int, mask: Array, past: KV | None, packing: Packing | None = None
+    config: ModelConfig, h: Array, start: int, stop: int, mask: Array, past: Past | None, packing: Packing | None = None
 ) -> None:
     """Structural errors, raised at trace time."""
     if not 0 <= start <= stop <= config.n_layers:
         raise KeditError(
             f"layers {start}:{stop} do not exist: 0 <= start <= stop <= {config.n_layers} must hold for this model"
         )
-    length = 0 if past is None else past.k.shape[2]
+    length = 0 if past is None else past.length
     if past is not None and past.k.shape[0] != stop - start:
         raise KeditError(f"`past` holds {past.k.shape[0]} layers, but layers {start}:{stop} run")
     new = h.shape[1] if packing is None else packing.slots.shape[1]
