@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,12 +11,16 @@ from jax.typing import DTypeLike
 
 from kedit_jax import solve
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.models import ModelConfig, abstract_decoder
+from kedit_jax.editing.tokens import Encoded, Layout, align
+from kedit_jax.models import Keep, ModelConfig, abstract_decoder
 from kedit_jax.solve.interface import FIRST_CAPACITY
 
 WIDE = 8  # bytes of a float64
+GIB = 2**30
 PROMPT, SUFFIX = 24, 8
 """Tokens up to the subject's last one, and behind it, that value optimisation is estimated for."""
+FEW = 8
+"""With more requests at once than these, keeping what was computed is worth more than further requests."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def memory_items(
         Item("model", "device", parameters * itemsize),
         Item("edited kernels, all layers stacked", "device", config.n_layers * n * v * itemsize),
         Item(
-            "value optimisation, a micro-batch", "device", _values(config, settings, min(batch, settings.micro_batch)), False
+            "value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize), False
         ),
         Item("second moments", "host", layers * n * n * WIDE),
         Item("factors of the priors", "host", layers * n * n * WIDE),
@@ -73,11 +78,90 @@ def total(items: Sequence[Item], place: str | None = None) -> int:
     return sum(item.size for item in items if place in (None, item.place))
 
 
-def _values(config: ModelConfig, settings: EditSettings, requests: int) -> int:
-    """Cached keys and values of the prompts, what the backward pass keeps, and scores over the vocabulary."""
-    rows = requests * (settings.prefixes + 2)  # the bare prompt, the prefixed ones, and the one for the KL term
-    above = max(1, config.n_layers - settings.layers[-1] - 1)
-    cached = rows * PROMPT * 2 * config.n_kv_heads * config.head_dim * above
-    kept = rows * SUFFIX * (above * config.d_model + 3 * config.d_ff + 4 * config.d_model)
-    scores = 3 * rows * SUFFIX // 2 * config.vocab_size
-    return 4 * (cached + kept + scores)
+def _values(config: ModelConfig, settings: EditSettings, batch: int, itemsize: int) -> int:
+    """What value optimisation will take: all that it may, or less where the batch is small."""
+    size = typical_sizes(min(batch, settings.micro_batch or batch), settings.prefixes)
+    return min(int(settings.memory * GIB), values_bytes(config, size, settings.layers[-1], "products", itemsize))
+
+
+def micro_batches(
+    config: ModelConfig, settings: EditSettings, requests: Sequence[Sequence[Encoded]], *, itemsize: int
+) -> list[Layout]:
+    """Requests from `encode_requests` in as few parts of one size as `settings.memory` allows, the last one padded.
+
+    One request is taken as it is, even where it needs more.
+    """
+    size = min(len(requests), settings.micro_batch or len(requests))
+    while True:
+        size = -(-len(requests) // -(-len(requests) // size))  # as even as the number of parts allows
+        padded = size if size < len(requests) else None
+        layouts = [align(requests[i : i + size], padded) for i in range(0, len(requests), size)]
+        largest = max(_least(config, settings, layout, itemsize) for layout in layouts)
+        if size == 1 or largest <= settings.memory * GIB:
+            return layouts
+        size = max(1, min(size - 1, int(size * settings.memory * GIB / largest)))
+
+
+def what_to_keep(config: ModelConfig, settings: EditSettings, layout: Layout, *, itemsize: int) -> Keep:
+    """What blocks keep for the backward pass of a micro-batch: everything that was dear, where memory allows."""
+    needed = values_bytes(config, sizes_of(layout), settings.layers[-1], "products", itemsize)
+    return "products" if needed <= settings.memory * GIB else "inputs"
+
+
+def _least(config: ModelConfig, settings: EditSettings, layout: Layout, itemsize: int) -> int:
+    """What a micro-batch must have: blocks recompute only where few requests would fit otherwise."""
+    keep: Keep = "products" if layout.n_requests > FEW else "inputs"
+    return values_bytes(config, sizes_of(layout), settings.layers[-1], keep, itemsize)
+
+
+class Sizes(NamedTuple):
+    """How much of everything a micro-batch has: rows and columns, and packed tokens (see `Packed`)."""
+
+    requests: int
+    rows: int
+    prefix: int
+    suffix: int
+    targets: int
+    whole: int
+    before: int
+    after: int
+    scored: int
+
+
+def sizes_of(layout: Layout) -> Sizes:
+    """Those of a layout."""
+    packed, (rows, columns) = layout.packed, layout.tokens.shape
+    return Sizes(
+        layout.n_requests, rows, layout.n_prefix, columns - layout.n_prefix, layout.targets.shape[1],
+        len(packed.whole.homes), len(packed.before.places), len(packed.after.places), len(packed.scored.homes),
+    )  # fmt: skip
+
+
+def typical_sizes(requests: int, prefixes: int) -> Sizes:
+    """Those of so many requests of usual length, rather too much: their prefixes alone are shared."""
+    rows = requests * (prefixes + 2)
+    own = 6 * rows  # of the tokens before the subject's last one
+    return Sizes(requests, rows, PROMPT, SUFFIX, 2, own + 5 * rows, own, 5 * rows, 2 * rows)
+
+
+def values_bytes(config: ModelConfig, sizes: Sizes, layer: int, keep: Keep, itemsize: int) -> int:
+    """An upper estimate of what `optimise_values` takes beside its arguments, checked against XLA's own analysis.
+
+    Args:
+        layer: the top edited one.
+        itemsize: bytes of the model's numbers.
+    """
+    s = sizes
+    q, kv, d, ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_model, config.d_ff
+    wide = ff * (2 if config.gated_mlp else 1)
+    above = max(0, config.n_layers - layer - 1)
+    scores = s.rows * config.n_heads * s.suffix * (s.prefix + s.suffix)
+    products = s.after * (q + 2 * kv + 2 * d + wide) + 2 * scores + s.rows * s.suffix * q
+    kept = max(0, above - 1) * (s.after * d + (products if keep == "products" else 0))
+    working = s.after * (2 * wide + 4 * d) + 4 * s.rows * s.suffix * q + 3 * scores
+    columns = s.prefix + s.suffix
+    below = s.whole * (2 * wide + 6 * d) + 4 * s.rows * columns * q + 2 * s.rows * config.n_heads * columns**2
+    block = d * (2 * q + 2 * kv) + d * (wide + ff)
+    past = 2 * s.rows * s.prefix * kv * above
+    head = 3 * s.scored * config.vocab_size + 4 * s.requests * config.vocab_size
+    return max(itemsize, 4) * (max(below, head + kept + working) + past + 3 * s.after * d) + 2 * itemsize * block

@@ -19,13 +19,14 @@ from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, Update, read_kernels, relative_error, write_kernels
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
+from kedit_jax.editing.budget import micro_batches, what_to_keep
 from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
 from kedit_jax.editing.history import LayerHistory, Site
 from kedit_jax.editing.moments import Moments, check_layers
 from kedit_jax.editing.prefixes import sample_prefixes
 from kedit_jax.editing.requests import EditRequest, check_unique_ids
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.editing.tokens import Layout, lay_out
+from kedit_jax.editing.tokens import Layout, encode_requests
 from kedit_jax.editing.values import Values, optimise_values
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
 from kedit_jax.models import Decoder, ModelConfig, down_kernel_address, model_fingerprint
@@ -341,26 +342,20 @@ class EditSession:
         return named
 
     def _layouts(self, requests: Sequence[EditRequest]) -> list[Layout]:
-        size = self.settings.micro_batch
-        limit = self.base.config.max_positions
-        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
-        padded = size if len(parts) > 1 else None
-        layouts, problems = [], []
-        for part in parts:
-            try:
-                layouts.append(lay_out(self.tokenizer, part, self.prefixes, max_positions=limit, size=padded))
-            except RequestError as error:
-                problems.append(str(error))
-        if problems:
-            raise RequestError("\n".join(problems))
-        return layouts
+        """The requests in micro-batches of one size, the last padded."""
+        rows = encode_requests(self.tokenizer, requests, self.prefixes, max_positions=self.base.config.max_positions)
+        return micro_batches(self.base.config, self.settings, rows, itemsize=self.base.dtype.itemsize)
 
     def _values(self, requests: Sequence[EditRequest], layouts: Sequence[Layout], progress: Progress | None) -> Values:
-        parts = []
-        for i, layout in enumerate(layouts, start=1):
-            parts.append(jax.device_get(optimise_values(self.model, layout, self.settings.layers[-1], self.settings.values)))
+        parts, done = [], 0
+        settings, config = self.settings, self.base.config
+        for layout in layouts:
+            keep = what_to_keep(config, settings, layout, itemsize=self.base.dtype.itemsize)
+            values = optimise_values(self.model, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype)
+            parts.append(jax.device_get(values))
+            done = min(done + layout.n_requests, len(requests))
             if progress is not None:
-                progress("target values", min(i * self.settings.micro_batch, len(requests)), len(requests))
+                progress("target values", done, len(requests))
         values: Values = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(requests)], *parts)
         _require_finite("target values", np.asarray(values.z), requests)
         return values

@@ -19,6 +19,8 @@ from kedit_jax.solve.sequences import MODES, Mode
 POLICIES = ("keep", "latest", "first", "merge", "reject")
 """What may be done about facts that contradict each other; `kedit_jax.editing.conflicts` says how."""
 
+COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
+
 UNCOMPENSATED = ("unaligned", "latest-simplified")
 """Histories without a solution of their own that a step's post-processing error could be measured against."""
 
@@ -47,7 +49,11 @@ class EditSettings:
         values: how target values are optimised.
         prefixes, prefix_tokens: how many context prefixes the model writes, and how long.
         seed: of the prefixes, the only random choice.
-        micro_batch: requests whose target values are optimised at once; bounds memory, changes no result.
+        memory: GiB that the optimisation of target values may take beside the model; the requests are split accordingly,
+            which changes no result but by round-off.
+        micro_batch: at most so many requests at once, whatever the memory.
+        compute_dtype: what the blocks above the edited layers multiply in while values are optimised, as "bfloat16" on
+            accelerators (with sums, norms and losses in float32); the model's own by default.
     """
 
     layers: tuple[int, ...]
@@ -68,7 +74,9 @@ class EditSettings:
     prefixes: int = 5
     prefix_tokens: int = 10
     seed: int = 0
-    micro_batch: int = 50
+    memory: float = 2.0
+    micro_batch: int | None = None
+    compute_dtype: str | None = None
 
     def __post_init__(self) -> None:
         problems = [*self._unknown_names(), *self._unusable_numbers()]
@@ -95,6 +103,9 @@ class EditSettings:
         problems = [
             f"{what} {name!r} is unknown; there are {', '.join(known)}" for what, name, known in named if name not in known
         ]
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            named = ", ".join(name for name in COMPUTE_DTYPES if name)
+            problems.append(f"compute_dtype {self.compute_dtype!r} is none; there are {named}, or None for the model's own")
         if self.conflicts is not None and self.conflicts not in POLICIES:
             problems.append(f"conflicts {self.conflicts!r} is no policy; there are {', '.join(POLICIES)}")
         elif self.conflicts in ("latest", "merge") and self.history != "aligned":
@@ -117,7 +128,9 @@ class EditSettings:
         chosen = [name for name in ("null_threshold", "null_relative", "null_rank") if getattr(self, name) is not None]
         if len(chosen) > 1:
             problems.append(f"{' and '.join(chosen)} are given; a null space takes one of them")
-        positive = {name: getattr(self, name) for name in ("micro_batch", "prefix_tokens", "l2", *chosen)}
+        if self.micro_batch is not None:
+            chosen.append("micro_batch")
+        positive = {name: getattr(self, name) for name in ("memory", "prefix_tokens", "l2", *chosen)}
         positive |= {f"values.{name}": getattr(self.values, name) for name in ("steps", "learning_rate", "clamp")}
         problems += [f"{name} is {value}; it must be positive" for name, value in positive.items() if not value > 0]
         least_zero = {name: getattr(self, name) for name in ("ridge", "moment_weight", "prefixes")}

@@ -139,6 +139,11 @@ class Layout:
     n_prefix: int
     n_contexts: int
 
+    @property
+    def n_requests(self) -> int:
+        """R, those that pad the batch included."""
+        return int(self.tokens.shape[0]) // (self.n_contexts + 1)
+
 
 def _columns(n: int, multiple: int) -> int:
     """n rounded up to a few multiples: 1, 2, 3, 4, 6, 8, 12 ..."""
@@ -159,21 +164,27 @@ def lay_out(
         prefixes: texts put before the prompt; the bare prompt is always the first context.
         max_positions: longest row the model takes; a longer one is a RequestError.
         size: pad the batch to so many requests by repeating the first, so that batches share one compiled program.
+    """
+    return align(encode_requests(tokenizer, requests, prefixes, max_positions=max_positions), size)
 
-    Lengths are rounded up (8, 16, 24, 32, 48 ... columns before the subject's end, 4, 8, 12, 16, 24 ... behind it, targets
-    to powers of two) for the same reason.
+
+def encode_requests(
+    tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str], *, max_positions: int
+) -> list[list[Encoded]]:
+    """The rows of each request: its prompt and target bare, behind each prefix, and the KL prompt, cut behind the subject.
+
+    Raises:
+        RequestError: listing all requests that cannot be used as tokenized, or whose rows are longer than the model takes.
     """
     passages = []
     for request in requests:
         passages += [Passage(request.prompt, request.subject, request.target, prefix) for prefix in ("", *prefixes)]
         passages.append(Passage(KL_PROMPT, request.subject))
     encoded = encode(tokenizer, passages)
-    n_contexts = len(prefixes) + 1
-    _check_lengths(requests, encoded, n_contexts + 1, max_positions)
-    if size is not None:
-        encoded += encoded[: n_contexts + 1] * (size - len(requests))
-    is_kl = np.arange(len(encoded)) % (n_contexts + 1) == n_contexts
-    return _align([_cut_kl(e) if kl else e for e, kl in zip(encoded, is_kl, strict=True)], n_contexts)
+    n_rows = len(prefixes) + 2
+    _check_lengths(requests, encoded, n_rows, max_positions)
+    rows = [encoded[i : i + n_rows] for i in range(0, len(encoded), n_rows)]
+    return [[*contexts, _cut_kl(kl)] for *contexts, kl in rows]
 
 
 def _check_lengths(requests: Sequence[EditRequest], encoded: Sequence[Encoded], rows: int, limit: int) -> None:
@@ -194,8 +205,15 @@ def _cut_kl(encoded: Encoded) -> Encoded:
     return Encoded(encoded.tokens[:n], n, encoded.subject_last)
 
 
-def _align(encoded: Sequence[Encoded], n_contexts: int) -> Layout:
-    rows = len(encoded)
+def align(requests: Sequence[Sequence[Encoded]], size: int | None = None) -> Layout:
+    """The layout of requests from `encode_requests`, padded to `size` of them by repeating the first.
+
+    Lengths are rounded up (8, 16, 24, 32, 48 ... columns before the subject's end, 4, 8, 12, 16, 24 ... behind it, targets
+    to powers of two), so that batches share compiled programs.
+    """
+    padding = 0 if size is None else size - len(requests)
+    encoded = [row for rows in (*requests, *[requests[0]] * padding) for row in rows]
+    rows, n_contexts = len(encoded), len(requests[0]) - 1
     n_prefix = max(8, _columns(max(e.subject_last for e in encoded), 8))
     inputs = [e.tokens[:-1] if e.target else e.tokens for e in encoded]
     n_suffix = _columns(max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True)), 4)
