@@ -34,6 +34,7 @@ from kedit_jax.solve.arrays import float64
 from kedit_jax.solve.constraints import Constraints, concatenate, constraints, masked, padded, take
 from kedit_jax.solve.dual import DualState
 from kedit_jax.solve.editors import EDITORS, Editor
+from kedit_jax.solve.host import HostSequence, HostState
 from kedit_jax.solve.interface import (
     CROSSOVER,
     Form,
@@ -100,6 +101,8 @@ __all__ = [
     "Editor",
     "Form",
     "GroupLasso",
+    "HostSequence",
+    "HostState",
     "Mode",
     "Nuclear",
     "Post",
