@@ -25,7 +25,7 @@ class Site:
     Attributes:
         prior: of the layer's editor.
         noise: 1 / weight of a fact of weight 1.
-        kernel: [k, v] the original one, at least float32; whoever computes with it widens it.
+        kernel: [k, v] the original one, in the model's dtype; whoever computes with it widens it.
         procedure: how the sequence is run.
     """
 

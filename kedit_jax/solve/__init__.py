@@ -31,6 +31,7 @@ root of its condition number, so it does not hold the 1e-5 that float32 results 
 """
 
 from kedit_jax.solve.arrays import float64
+from kedit_jax.solve.cache import cached_editor
 from kedit_jax.solve.constraints import Constraints, concatenate, constraints, masked, padded, take
 from kedit_jax.solve.dual import DualState
 from kedit_jax.solve.editors import EDITORS, Editor
@@ -124,6 +125,7 @@ __all__ = [
     "advance",
     "alphaedit",
     "begin",
+    "cached_editor",
     "cast",
     "check",
     "check_advance",
