@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models.parameters import dotted
@@ -183,6 +183,15 @@ def host_kernel(params: Any, address: str) -> Float[np.ndarray, "k v"]:
     return np.asarray(_at(leaf, index))
 
 
+def add_on_host(
+    kernel: Float[np.ndarray, "k v"], update: Float[np.ndarray, "k v"], sign: float = 1.0
+) -> Float[np.ndarray, "k v"]:
+    """kernel + sign * update (sign 1 or -1), made in the wider dtype and rounded once to the kernel's, in one pass."""
+    wide = jnp.promote_types(kernel.dtype, update.dtype)
+    total = np.empty(kernel.shape, kernel.dtype)
+    return (np.add if sign > 0 else np.subtract)(kernel, update, out=total, dtype=wide, casting="unsafe")
+
+
 def write_kernels(params: Params, kernels: Mapping[str, Any], *, donate: bool = False) -> Params:
     """The parameters with these kernels [k, v] at their addresses, cast to the parameters' dtypes; all else as it was.
 
@@ -212,7 +221,9 @@ def write_kernels(params: Params, kernels: Mapping[str, Any], *, donate: bool = 
     return jax.tree_util.tree_map_with_path(written, params)
 
 
-def _with_kernel(stack: Float[AnyArray, "l k v"], kernel: Float[AnyArray, "k v"], index: int) -> Float[Array, "l k v"]:
+def _with_kernel(
+    stack: Float[AnyArray, "l k v"], kernel: Float[AnyArray, "k v"], index: Int[AnyArray, ""] | int
+) -> Float[Array, "l k v"]:
     return jax.lax.dynamic_update_index_in_dim(stack, kernel, index, 0)
 
 
@@ -234,9 +245,8 @@ def _add(params: Params, edits: EditDelta, sign: float) -> Params:
 def _add_wide(kernel: Any, update: AnyArray, sign: float) -> AnyArray:
     """kernel + sign * update in the wider dtype, cast once to the kernel's."""
     if _on_host(update) and not isinstance(kernel, jax.core.Tracer):
-        kernel = np.asarray(kernel)
-    else:
-        kernel, update = jnp.asarray(kernel), jnp.asarray(update)
+        return add_on_host(np.asarray(kernel), np.asarray(update), sign)
+    kernel, update = jnp.asarray(kernel), jnp.asarray(update)
     wide = jnp.promote_types(kernel.dtype, update.dtype)
     return (kernel.astype(wide) + sign * update.astype(wide)).astype(kernel.dtype)
 

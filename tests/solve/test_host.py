@@ -1,6 +1,7 @@
 """The solver that sessions run on a CPU: the same steps as the compiled one, nothing of size n factored, nothing copied."""
 
 import tracemalloc
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from kedit_jax import solve
 from kedit_jax.errors import SolverError
 from kedit_jax.solve import host
 from kedit_jax.solve.rows import Rows
+from kedit_jax.verification import sums
+from kedit_jax.verification.checks import Measured
+from kedit_jax.verification.problems import Problem
 
 
 def run(prior: solve.Prior, stack: solve.Constraints, size: int, start: host.HostSequence | None = None):
@@ -40,21 +44,35 @@ def test_steps_are_those_of_the_compiled_solver(family: str, size: int) -> None:
     assert relative(sum(np.asarray(step.dense()) for step in steps), whole) <= 1e-10
     assert relative(host.total(sequence.solver, p.prior), whole) <= 1e-10
     assert relative(sequence.update, p.truth()) <= p.tau
-    if size == 20:
+    if (family, size) == ("power-law", 20):
         _, compiled = compiled_steps(p, [p.block(slice(begin, begin + size)) for begin in (0, 20)], form="primal")
         assert all(relative(ours.dense(), theirs.dense()) <= p.tau for ours, theirs in zip(steps, compiled, strict=False))
 
 
-@pytest.mark.parametrize("family", ["power-law", "alphaedit"])
-def test_negative_control_history_left_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_history(patch: pytest.MonkeyPatch) -> None:
+    """Every step starts from the prior alone."""
     original = host.append
 
     def forgetful(state: host.HostState, *block: np.ndarray) -> tuple[host.HostState, solve.Status]:
         return original(host.HostState(Rows(state.rows.array[:0]), Rows(state.solved.array[:0]), None), *block)
 
-    monkeypatch.setattr(host, "append", forgetful)
+    patch.setattr(host, "append", forgetful)
+
+
+@pytest.mark.parametrize("family", ["power-law", "alphaedit"])
+def test_negative_control_history_left_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_history(monkeypatch)
     p = problem(family)
     assert relative(run(p.prior, p.all, 20)[0].update, one_time(p, p.all)) > 1e-2
+
+
+@pytest.mark.parametrize("check", [sums.steps_sum_to_the_one_time_edit, sums.steps_equal_an_independent_solve])
+def test_verification_measures_these_steps(check: Callable[[Problem], Measured], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("power-law", m=64)
+    monkeypatch.setattr(sums, "FORMS", ())  # the compiled solver's steps have their own tests
+    assert check(p).error <= p.tau
+    without_history(monkeypatch)
+    assert check(p).error > 1e-2
 
 
 def test_equality_constraints_are_met() -> None:
