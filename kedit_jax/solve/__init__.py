@@ -12,6 +12,11 @@ One objective (see `prior`), a stack of constraints, and two ways to add to it t
     editor = solve.EDITORS["emmet"](moment, noise=0.5)               # a published editor: a prior and a noise
     held = solve.add(held, solve.statistics(prior, block))           # constant memory; `solve_statistics` gives the edit
 
+    sequence = host.begin(prior, kernel.shape[1])                    # the same steps in float64 on a CPU, without compiling
+    sequence, step = host.advance(sequence, prior, block)            # or copying: what an editing session runs there
+
+    editor = solve.cached_editor("priors", "memit", moment)          # factored once, then read from disk
+
 What does the work is the dtype of the prior, float64 as constructed, whether or not the process has enabled float64;
 `dtype=` rounds a result once, at its end. Results in float64 are for `numpy.asarray` or for code inside `solve.float64()`:
 elsewhere `jax.numpy` turns them into float32 without a word. Under `jax.jit`, `jax.vmap` or `jax.grad`, enter

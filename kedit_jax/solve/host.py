@@ -6,8 +6,8 @@ with the one before. With U, R0, N and M = N + U U' = T T' as in `dual`, it keep
     E = Z U_t' ,  V = U_t' - Z' E ,  T_tt T_tt' = N_t + U_t U_t' - E' E ,  Z_t = T_tt^-1 V' ,  c_t = T_tt^-1 (R_t - E' c)
 
 Rows of T follow from T Z = U, so this is the block Cholesky of `dual` with the same backward error, and P = I - Z'Z is the
-inverse of `primal` in factors. Once they are longer than P is wide they are multiplied out, P <- P - Z'Z, and rows are kept
-again from there on (V = P U_t' - Z' E).
+inverse of `primal` in factors. Past `CROSSOVER` rows a rank they are multiplied out, P <- P - Z'Z, and rows are kept again
+from there on (V = P U_t' - Z' E).
 
 Floating-point operations of a step of u rows after m, for keys of width n = r and values of width v: 2 n^2 u to whiten and
 back, 4 m n u + 2 m u v for the history, 2 n u v for the update. Beside P, once there is one: 2 n^2 u + 2 n u v more, and n^2
@@ -141,7 +141,10 @@ def total(state: HostState, prior: Prior) -> Float[np.ndarray, "n v"]:
 
 
 def state_size(rank: int, n_values: int, rows: int) -> int:
-    """Bytes of a state after so many constraints written in small blocks, at most."""
+    """Bytes of a state after so many constraints written in small blocks, at most.
+
+    Buffers are larger by what they have room for (`rows.GROWTH`); when one is outgrown, it and the next stand side by side.
+    """
     first, later = _room(rank, None), _room(rank, rows)
     kept, base = (rows, 0) if rows <= first else (min(rows - first, later), rank * (rank + n_values))
     return WIDE * (kept * (rank + n_values) + base)
