@@ -65,16 +65,18 @@ class Rows:
 
 
 class _Buffer:
-    """Memory, and how many of its rows belong to some array."""
+    """Memory, and the number of its rows that belong to some array."""
 
     __slots__ = ("memory", "used")
 
     def __init__(self, memory: Any, used: int) -> None:
-        self.memory, self.used = memory, used
+        self.memory, self.used = memory, {used}
 
     def claim(self, count: int, end: int) -> bool:
-        """Take the rows from count to end, if nobody has."""
-        if self.used != count:
+        """Take the rows from count to end, if nobody has; of several threads one succeeds."""
+        try:
+            self.used.remove(count)
+        except KeyError:
             return False
-        self.used = end
+        self.used.add(end)
         return True
