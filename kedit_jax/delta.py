@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models.parameters import dotted
@@ -169,8 +169,35 @@ def read_kernels(params: Any, addresses: Iterable[str]) -> dict[str, AnyArray]:
     return {address: _at(leaves[path], index) for address, (path, index) in targets.items()}
 
 
-def write_kernels(params: Params, kernels: Mapping[str, Any]) -> Params:
+def host_kernel(params: Any, address: str) -> Float[np.ndarray, "k v"]:
+    """The kernel at this address on the host, in its own dtype and read-only; not copied where it is in the host's memory.
+
+    Raises:
+        KeditError: an address that names no kernel of the tree.
+    """
+    leaves, (path, index) = parameter_paths(params), _parse(address)
+    _check(leaves, {address: (path, index)}, {})
+    leaf = leaves[path]
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
+        leaf = np.asarray(leaf)  # a view of it, and of one kernel then
+    return np.asarray(_at(leaf, index))
+
+
+def add_on_host(
+    kernel: Float[np.ndarray, "k v"], update: Float[np.ndarray, "k v"], sign: float = 1.0
+) -> Float[np.ndarray, "k v"]:
+    """kernel + sign * update (sign 1 or -1), made in the wider dtype and rounded once to the kernel's, in one pass."""
+    wide = jnp.promote_types(kernel.dtype, update.dtype)
+    total = np.empty(kernel.shape, kernel.dtype)
+    return (np.add if sign > 0 else np.subtract)(kernel, update, out=total, dtype=wide, casting="unsafe")
+
+
+def write_kernels(params: Params, kernels: Mapping[str, Any], *, donate: bool = False) -> Params:
     """The parameters with these kernels [k, v] at their addresses, cast to the parameters' dtypes; all else as it was.
+
+    Args:
+        donate: stacks on a device that kernels are written into are reused, and must not be read again in `params`: a
+            stack holds the kernels of every layer, and copying it costs as much as a step of the solver.
 
     Raises:
         KeditError: listing every address that names no kernel of the tree, or one of another shape.
@@ -178,6 +205,7 @@ def write_kernels(params: Params, kernels: Mapping[str, Any]) -> Params:
     targets = {address: _parse(address) for address in kernels}
     _check(parameter_paths(params), targets, {address: kernel.shape for address, kernel in kernels.items()})
     by_path: dict[str, list[tuple[int | None, Any]]] = {}
+    put = _put_in_place if donate else _put
     for address, (path, index) in targets.items():
         by_path.setdefault(path, []).append((index, kernels[address]))
 
@@ -187,10 +215,19 @@ def write_kernels(params: Params, kernels: Mapping[str, Any]) -> Params:
             if isinstance(leaf, np.ndarray) and isinstance(kernel, np.ndarray):
                 leaf = kernel if index is None else np.stack([*leaf[:index], kernel, *leaf[index + 1 :]])
             else:
-                leaf = jnp.asarray(kernel) if index is None else jnp.asarray(leaf).at[index].set(kernel)
+                leaf = jnp.asarray(kernel) if index is None else put(leaf, kernel, index)
         return leaf
 
     return jax.tree_util.tree_map_with_path(written, params)
+
+
+def _with_kernel(
+    stack: Float[AnyArray, "l k v"], kernel: Float[AnyArray, "k v"], index: Int[AnyArray, ""] | int
+) -> Float[Array, "l k v"]:
+    return jax.lax.dynamic_update_index_in_dim(stack, kernel, index, 0)
+
+
+_put, _put_in_place = jax.jit(_with_kernel), jax.jit(_with_kernel, donate_argnums=0)
 
 
 def _add(params: Params, edits: EditDelta, sign: float) -> Params:
@@ -208,9 +245,8 @@ def _add(params: Params, edits: EditDelta, sign: float) -> Params:
 def _add_wide(kernel: Any, update: AnyArray, sign: float) -> AnyArray:
     """kernel + sign * update in the wider dtype, cast once to the kernel's."""
     if _on_host(update) and not isinstance(kernel, jax.core.Tracer):
-        kernel = np.asarray(kernel)
-    else:
-        kernel, update = jnp.asarray(kernel), jnp.asarray(update)
+        return add_on_host(np.asarray(kernel), np.asarray(update), sign)
+    kernel, update = jnp.asarray(kernel), jnp.asarray(update)
     wide = jnp.promote_types(kernel.dtype, update.dtype)
     return (kernel.astype(wide) + sign * update.astype(wide)).astype(kernel.dtype)
 

@@ -12,7 +12,9 @@ from kedit_jax.delta import (
     Dense,
     EditDelta,
     LowRank,
+    add_on_host,
     apply_edits,
+    host_kernel,
     parameter_paths,
     read_kernels,
     revert_edits,
@@ -247,6 +249,39 @@ def test_kernels_are_read_and_written_by_address(model: Decoder) -> None:
     written = write_kernels(model, {address: np.asarray(kernel, np.float64) + 1})
     np.testing.assert_array_equal(read_kernels(written, [address])[address], np.asarray(kernel) + 1)
     assert same(write_kernels(written, {address: kernel}), model)
+
+
+def test_stacks_are_written_in_place_when_given_up(model: Decoder) -> None:
+    address, other = down_kernel_address(1), down_kernel_address(2)
+    before = jax.tree.map(np.array, named_parameters(model))
+    kernel = np.asarray(read_kernels(model, [address])[address]) + 1
+    ours = write_kernels(model, {address: kernel})
+    stack = named_parameters(ours)["layers.mlp.down.kernel"]
+    place = stack.unsafe_buffer_pointer()
+    written = write_kernels(ours, {other: kernel}, donate=True)
+    assert stack.is_deleted()
+    assert named_parameters(written)["layers.mlp.down.kernel"].unsafe_buffer_pointer() == place
+    assert same(written, write_kernels(model, {address: kernel, other: kernel}))
+    assert same(named_parameters(model), before), "negative control: what was not given up is as it was"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_sums_are_rounded_once(dtype: type) -> None:
+    kernel, update = random(K, V).astype(dtype), random(K, V, seed=1, dtype=np.float64)
+    for sign in (1.0, -1.0):
+        found = add_on_host(kernel, update, sign)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, (kernel.astype(np.float64) + sign * update).astype(dtype))
+
+
+def test_a_kernel_is_looked_at_where_it_is(model: Decoder) -> None:
+    address = down_kernel_address(3)
+    found = host_kernel(model, address)
+    np.testing.assert_array_equal(found, read_kernels(model, [address])[address])
+    assert np.shares_memory(found, np.asarray(named_parameters(model)["layers.mlp.down.kernel"]))
+    assert not found.flags.writeable
+    with pytest.raises(KeditError, match="no such parameter"):
+        host_kernel(model, "layers.mlp.up.nothing[0]")
 
 
 # --- deltas as values -----------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def _with_rows(merged: EditSession, second: EditSession, places: np.ndarray, pla
                 source = np.asarray(history.constraints.keys)[held[old]] if old in held else keys[batch[old]]
                 keys[batch[new]] = source
             # The target v = r + k W0 stays; under another key its residual is another one.
-            residuals = block.residuals + (np.asarray(block.keys, np.float64) - keys) @ site.kernel
+            residuals = block.residuals + (np.asarray(block.keys, np.float64) - keys) @ np.asarray(site.kernel, np.float64)
             layers[layer], _ = histories.extended(history, site, solve.Constraints(keys, residuals, block.noise))
     return dataclasses.replace(
         merged,

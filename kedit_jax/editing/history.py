@@ -14,7 +14,8 @@ from kedit_jax import solve
 from kedit_jax.delta import Dense, LowRank, Update
 from kedit_jax.editing.settings import Procedure
 from kedit_jax.errors import NonFiniteError
-from kedit_jax.solve import sequences
+from kedit_jax.solve import host, sequences
+from kedit_jax.solve.rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Site:
     Attributes:
         prior: of the layer's editor.
         noise: 1 / weight of a fact of weight 1.
-        kernel: [k, v] the original one, float64.
+        kernel: [k, v] the original one, in the model's dtype; whoever computes with it widens it.
         procedure: how the sequence is run.
     """
 
@@ -53,17 +54,19 @@ class LayerHistory:
 
     Attributes:
         constraints: keys [m, k] as the model gave them, at least float32; residuals [m, v] against the original kernel and
-            noise [m], float64.
+            noise [m], float64; read-only.
         retired: the constraints of facts taken back, from which they can be restored.
         sequence: the update as deployed, and what the solver keeps; always the fold of `extended` over the session's
             batches, so that a reloaded or retracted session continues with the same numbers as one that got there directly.
         base: what was compacted before the first of `constraints`.
+        recorded: the memory that `constraints` lie in, with room for more.
     """
 
     constraints: solve.Constraints
     retired: solve.Constraints
-    sequence: sequences.Sequence
+    sequence: sequences.Sequence | host.HostSequence
     base: Compacted | None = None
+    recorded: "Recorded | None" = None
 
     @property
     def update(self) -> Float[np.ndarray, "k v"]:
@@ -71,15 +74,43 @@ class LayerHistory:
         return np.asarray(self.sequence.update)
 
 
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Constraints to which a batch is appended without copying those before."""
+
+    rows: tuple[Rows, ...]
+    constraints: solve.Constraints
+
+    @classmethod
+    def of(cls, history: LayerHistory) -> "Recorded":
+        """The history's own, unless its constraints were exchanged for others."""
+        held, stack = history.recorded, history.constraints
+        if held is not None and held.constraints is stack:
+            return held
+        return cls(tuple(Rows(np.asarray(part)) for part in (stack.keys, stack.residuals, stack.noise)), stack)
+
+    def appended(self, block: solve.Constraints) -> "Recorded":
+        new = (block.keys, block.residuals, block.noise)
+        rows = tuple(old.appended(np.asarray(part)) for old, part in zip(self.rows, new, strict=True))
+        return Recorded(rows, solve.Constraints(*(part.array for part in rows)))
+
+
 def empty_history(site: Site, base: Compacted | None = None) -> LayerHistory:
     """No constraints yet, beside those that were compacted."""
     keys, values = site.kernel.shape
     nothing = solve.Constraints(np.zeros((0, keys), np.float32), np.zeros((0, values)), np.zeros(0))
-    sequence = sequences.begin(site.prior, values, **site.procedure._asdict())
+    state, update = None, None
     if base is not None:
-        solver, status = solve.from_statistics(site.prior, base.statistics)
+        state, status = solve.from_statistics(site.prior, base.statistics)
         solve.check(status)
-        sequence = sequences.Sequence(update=base.update, solver=solver)
+        update = base.update
+    sequence: sequences.Sequence | host.HostSequence
+    if _is_exact(site) and host.suits(site.prior):
+        sequence = host.begin(site.prior, values, base=state, update=update)
+    elif base is not None:
+        sequence = sequences.Sequence(update=base.update, solver=state)
+    else:
+        sequence = sequences.begin(site.prior, values, **site.procedure._asdict())
     return LayerHistory(nothing, nothing, sequence, base)
 
 
@@ -96,22 +127,35 @@ def extended(
         SolverError: the step cannot be solved.
         NonFiniteError: the update is not finite.
     """
-    mode, post, _ = site.procedure
-    step: Update
-    if history.sequence.solver is not None and post is None:
-        solver, found = solve.sequential(history.sequence.solver, site.prior, block, dtype=dtype)
-        step = LowRank(np.asarray(found.left), np.asarray(found.right))
-        sequence = sequences.Sequence(update=history.update + step.dense(), solver=solver)
-    else:
-        ready = sequences.make_room(history.sequence, site.prior, block)
-        sequence, moved = sequences.advance(ready, site.prior, block, site.kernel, dtype=dtype, **site.procedure._asdict())
-        sequences.check_advance(moved, post)
-        step = Dense(np.asarray(moved.update))
-        sequence = dataclasses.replace(sequence, update=np.asarray(sequence.update))
+    sequence, step = _moved(history.sequence, site, block, dtype)
     if not np.isfinite(sequence.update).all():
         raise NonFiniteError("the update is not finite; raise the ridge or the noise, or drop facts")
-    held = [history.constraints, block] if mode in ("aligned", "unaligned") else [block]
-    return dataclasses.replace(history, constraints=solve.concatenate(held), sequence=sequence), step
+    if site.procedure.mode not in ("aligned", "unaligned"):
+        return dataclasses.replace(history, constraints=solve.concatenate([block]), sequence=sequence), step
+    recorded = Recorded.of(history).appended(block)
+    return dataclasses.replace(history, constraints=recorded.constraints, recorded=recorded, sequence=sequence), step
+
+
+def _moved(
+    sequence: sequences.Sequence | host.HostSequence, site: Site, block: solve.Constraints, dtype: str
+) -> tuple[sequences.Sequence | host.HostSequence, Update]:
+    """The sequence one step further, and the step."""
+    if isinstance(sequence, host.HostSequence):
+        moved, found = host.advance(sequence, site.prior, block, dtype=dtype)
+        return moved, LowRank(np.asarray(found.left), np.asarray(found.right))
+    if sequence.solver is not None and _is_exact(site):
+        solver, found = solve.sequential(sequence.solver, site.prior, block, dtype=dtype)
+        step = LowRank(np.asarray(found.left), np.asarray(found.right))
+        return sequences.Sequence(update=np.asarray(sequence.update) + step.dense(), solver=solver), step
+    ready, kernel = sequences.make_room(sequence, site.prior, block), np.asarray(site.kernel, np.float64)
+    after, taken = sequences.advance(ready, site.prior, block, kernel, dtype=dtype, **site.procedure._asdict())
+    sequences.check_advance(taken, site.procedure.post)
+    return dataclasses.replace(after, update=np.asarray(after.update)), Dense(np.asarray(taken.update))
+
+
+def _is_exact(site: Site) -> bool:
+    """Whether each step is the difference of two one-time edits."""
+    return site.procedure.mode == "aligned" and site.procedure.post is None
 
 
 def replayed(
@@ -170,5 +214,5 @@ def compacted(history: LayerHistory, site: Site) -> LayerHistory:
     return empty_history(site, Compacted(held, history.update))
 
 
-def _in_dtype(sequence: sequences.Sequence, dtype: str) -> sequences.Sequence:
+def _in_dtype(sequence: sequences.Sequence | host.HostSequence, dtype: str) -> sequences.Sequence | host.HostSequence:
     return dataclasses.replace(sequence, update=np.asarray(sequence.update).astype(dtype))

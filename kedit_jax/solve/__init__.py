@@ -12,6 +12,11 @@ One objective (see `prior`), a stack of constraints, and two ways to add to it t
     editor = solve.EDITORS["emmet"](moment, noise=0.5)               # a published editor: a prior and a noise
     held = solve.add(held, solve.statistics(prior, block))           # constant memory; `solve_statistics` gives the edit
 
+    sequence = host.begin(prior, kernel.shape[1])                    # the same steps in float64 on a CPU, without compiling
+    sequence, step = host.advance(sequence, prior, block)            # or copying: what an editing session runs there
+
+    editor = solve.cached_editor("priors", "memit", moment)          # factored once, then read from disk
+
 What does the work is the dtype of the prior, float64 as constructed, whether or not the process has enabled float64;
 `dtype=` rounds a result once, at its end. Results in float64 are for `numpy.asarray` or for code inside `solve.float64()`:
 elsewhere `jax.numpy` turns them into float32 without a word. Under `jax.jit`, `jax.vmap` or `jax.grad`, enter
@@ -31,9 +36,11 @@ root of its condition number, so it does not hold the 1e-5 that float32 results 
 """
 
 from kedit_jax.solve.arrays import float64
+from kedit_jax.solve.cache import cached_editor
 from kedit_jax.solve.constraints import Constraints, concatenate, constraints, masked, padded, take
 from kedit_jax.solve.dual import DualState
 from kedit_jax.solve.editors import EDITORS, Editor
+from kedit_jax.solve.host import HostSequence, HostState
 from kedit_jax.solve.interface import (
     CROSSOVER,
     Form,
@@ -100,6 +107,8 @@ __all__ = [
     "Editor",
     "Form",
     "GroupLasso",
+    "HostSequence",
+    "HostState",
     "Mode",
     "Nuclear",
     "Post",
@@ -121,6 +130,7 @@ __all__ = [
     "advance",
     "alphaedit",
     "begin",
+    "cached_editor",
     "cast",
     "check",
     "check_advance",

@@ -124,7 +124,7 @@ def ridge(n: int, rho: float) -> Prior:
     if n < 1:
         raise SolverError(f"the width of the keys must be at least 1, got {n}")
     _positive("rho", rho, zero=False)
-    return _on_device(np.full(n, np.sqrt(rho)))
+    return on_device(np.full(n, np.sqrt(rho)))
 
 
 def null_space(
@@ -186,7 +186,7 @@ def alphaedit(
     _positive("l2", l2, zero=False)
     _positive("weight", weight, zero=True)
     eigenvalues, basis = _null_space(c0, threshold, relative, rank)
-    return _on_device(np.sqrt(weight * np.maximum(eigenvalues, 0.0) + l2), basis)
+    return on_device(np.sqrt(weight * np.maximum(eigenvalues, 0.0) + l2), basis)
 
 
 def restricted(precision: Float[AnyArray, "n n"], basis: Float[AnyArray, "n r"], *, tolerance: float = 1e-5) -> Prior:
@@ -261,11 +261,12 @@ def prior_fingerprint(prior: Prior) -> str:
         if leaf is not None:
             array = np.ascontiguousarray(leaf)
             digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            digest.update(array.tobytes())
+            digest.update(array.data)
     return digest.hexdigest()
 
 
-def _on_device(factor: np.ndarray, basis: np.ndarray | None = None) -> Prior:
+def on_device(factor: np.ndarray, basis: np.ndarray | None = None) -> Prior:
+    """A prior of arrays in float64 on the host, where `solve.float64()` puts such work."""
     with float64():
         return Prior(jnp.asarray(factor), None if basis is None else jnp.asarray(basis))
 
@@ -416,7 +417,7 @@ def _factored(a0: Float[np.ndarray, "r r"], ridge: float, tolerance: float, basi
         spectrum = _Spectrum(*scipy.linalg.eigvalsh(a0)[[0, -1]])
         if info != 0 or spectrum.smallest < floor * spectrum.largest:
             raise _singular(spectrum, ridge, floor)
-    return _on_device(np.ascontiguousarray(factor), basis)
+    return on_device(np.ascontiguousarray(factor), basis)
 
 
 def _reciprocal_condition(factor: np.ndarray, a0: np.ndarray) -> float:

@@ -1,8 +1,9 @@
 """What a solve reports about itself: numerical failure is a value that the caller reads, never a silent NaN."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kedit_jax.errors import SolverError
@@ -32,20 +33,28 @@ class Status:
 
 
 def judge(
-    pivots: Float[Array, "rows"],
-    *results: Float[Array, "..."],
+    pivots: Float[AnyArray, "rows"],
+    *results: Float[AnyArray, "..."],
     fits: Bool[AnyArray, ""] | bool = True,
 ) -> Status:
-    """Status of a factorisation with the given relative pivots (squared pivot / diagonal entry) and results."""
-    open_share = jnp.nan_to_num(pivots, nan=0.0, posinf=0.0)
-    pivot = jnp.min(open_share, initial=1.0)
-    finite = jnp.isfinite(pivots).all()
+    """Status of a factorisation with the given relative pivots (squared pivot / diagonal entry) and results.
+
+    By NumPy if the pivots are NumPy's.
+    """
+    xp: Any = np if isinstance(pivots, np.ndarray) else jnp
+    open_share = xp.nan_to_num(pivots, nan=0.0, posinf=0.0)
+    pivot = xp.min(open_share, initial=1.0)
+    finite = xp.isfinite(pivots).all()
     for result in results:
-        finite = finite & jnp.isfinite(result).all()
+        finite = finite & xp.isfinite(result).all()
     determined = pivot > LOST * float(jnp.finfo(pivots.dtype).eps)
-    row = jnp.where(finite, jnp.argmin(open_share), -1).astype(jnp.int32) if pivots.size else jnp.int32(-1)
+    row = xp.asarray(xp.where(finite, xp.argmin(open_share), -1) if pivots.size else -1, xp.int32)
     return Status(
-        ok=finite & determined & fits, finite=finite, fits=jnp.asarray(fits), pivot=jnp.where(finite, pivot, 0.0), row=row
+        ok=xp.asarray(finite & determined & fits),
+        finite=xp.asarray(finite),
+        fits=xp.asarray(fits),
+        pivot=xp.where(finite, pivot, 0.0),
+        row=row,
     )
 
 

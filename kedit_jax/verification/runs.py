@@ -1,12 +1,13 @@
 """How the invariants run a problem: in steps, all at once, and with the history left out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from kedit_jax import solve
+from kedit_jax.solve import host
 from kedit_jax.solve.arrays import AnyArray, compiled
 from kedit_jax.verification.problems import Problem
 
@@ -39,6 +40,23 @@ def in_steps(
         steps.append(step)
     check_all([step.status for step in steps])
     return state, steps
+
+
+def on_host(p: Problem, rows: Sequence[np.ndarray]) -> tuple[solve.HostSequence, list[solve.Step]]:
+    """The same by the solver that a session runs on a CPU."""
+    sequence, steps = host.begin(p.prior, p.kernel.shape[1]), []
+    for chosen in rows:
+        sequence, step = host.advance(sequence, p.prior, p.block(chosen), dtype=p.dtype)
+        steps.append(step)
+    return sequence, steps
+
+
+def every_way(p: Problem, rows: Sequence[np.ndarray]) -> Iterator[list[solve.Step]]:
+    """The steps in each form, and on the host where a session would run them there."""
+    for form in FORMS:
+        yield in_steps(p, rows, form)[1]
+    if host.suits(p.prior):
+        yield on_host(p, rows)[1]
 
 
 def check_all(statuses: Sequence[solve.Status]) -> None:

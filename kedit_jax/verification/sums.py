@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kedit_jax import solve
+from kedit_jax.solve import host
 from kedit_jax.verification.checks import Measured, worst
 from kedit_jax.verification.problems import Problem, oracle, problem, relative
 from kedit_jax.verification.runs import (
@@ -15,8 +16,10 @@ from kedit_jax.verification.runs import (
     MANY,
     at_once,
     batches,
+    every_way,
     grown,
     in_steps,
+    on_host,
     product,
     single_edits,
     summed,
@@ -66,9 +69,9 @@ def steps_have_their_closed_form(p: Problem) -> Measured:
     rows = batches(p)
 
     def compared() -> Iterator[Measured]:
-        for form in FORMS:
+        for steps in every_way(p, rows):
             current = np.zeros(p.kernel.shape, p.dtype)
-            for t, step in enumerate(in_steps(p, rows, form)[1]):
+            for t, step in enumerate(steps):
                 update = product(step)
                 if t in (1, len(rows) // 2, len(rows) - 1):  # an early, a middle and the last one: the oracle is slow
                     history = np.concatenate(rows[: t + 1])
@@ -88,9 +91,8 @@ def order_and_split_do_not_matter(p: Problem) -> Measured:
     control = relative(without_history(p, theirs), without_history(p, ours))
 
     def compared() -> Iterator[Measured]:
-        for form in FORMS:
-            first, second = (summed(in_steps(p, rows, form)[1]) for rows in (ours, theirs))
-            yield Measured(relative(second, first), control)
+        for first, second in zip(every_way(p, ours), every_way(p, theirs), strict=True):
+            yield Measured(relative(summed(second), summed(first)), control)
 
     return worst(compared())
 
@@ -152,6 +154,10 @@ def _batches(p: Problem) -> list[np.ndarray]:
 
 def _histories(p: Problem) -> Iterator[tuple[solve.Form, list[np.ndarray]]]:
     """The sum of the steps and what the state amounts to, in each form; thousands of edits in the ways made for them."""
+    if host.suits(p.prior):
+        rows = [np.array([row]) for row in range(p.size)] if _is_long(p) else batches(p)
+        sequence, steps = on_host(p, rows)
+        yield "primal", [summed(steps), host.total(sequence.solver, p.prior).astype(p.dtype)]
     if _is_long(p):
         yield "primal", [single_edits(p), grown(p)]
         return
