@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+FOLDER = "jax_compilation_cache_dir"
 LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 
@@ -29,8 +30,8 @@ def compiled_programs_kept() -> Iterator[None]:
     settings: dict[str, str | float] = {}
     if LEAST.upper() not in os.environ:
         settings[LEAST] = 0.0
-    if jax.config.jax_compilation_cache_dir is None and (folder := _folder()) is not None:
-        settings["jax_compilation_cache_dir"] = str(folder)
+    if getattr(jax.config, FOLDER) is None and (folder := _folder()) is not None:
+        settings[FOLDER] = str(folder)
     before = {name: getattr(jax.config, name) for name in settings}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
@@ -41,7 +42,7 @@ def compiled_programs_kept() -> Iterator[None]:
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
-            if "jax_compilation_cache_dir" in settings:
+            if FOLDER in settings:
                 compilation_cache.reset_cache()  # or JAX would hold on to the folder
 
 

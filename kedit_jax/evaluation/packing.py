@@ -135,7 +135,8 @@ def _items(wanted: Sequence[Wanted]) -> list[_Item]:
     for row, start, tokens in wanted:
         by_row.setdefault(row, []).extend(_Token(start + i, token, count + i) for i, token in enumerate(tokens))
         count += len(tokens)
-    items, before = [], ()
+    items: list[_Item] = []
+    before: Row = ()
     for row in sorted(by_row):
         for chunk in _chunks(by_row[row], len(row)):
             items.append(_Item(row, _shared(row, before), chunk))

@@ -108,29 +108,29 @@ def _generate(
     def going(state: _State) -> Array:
         """One more token is wanted, and some sequence has not stopped: those that have would only repeat themselves."""
         stopped = jnp.isin(state.last, jnp.asarray(stop_ids)).all() if stop_ids else False
-        return (state.count < n_new) & ~jnp.asarray(stopped)
+        return (state.number < n_new) & ~jnp.asarray(stopped)
 
     def step(state: _State) -> _State:
-        index = state.count - 1
+        index = state.number - 1
         positions = (n_prompt + index)[:, None]
         h = model.embed(state.last[:, None], positions)
         mask = state.readable[:, None]
         h, _, new = model.prefill(h, 0, n_layers, positions=positions, mask=mask, past=state.cache)
         slot = length + index
         cache = jax.tree.map(lambda old, one: lax.dynamic_update_slice_in_dim(old, one, slot, 2), state.cache, new)
-        chosen = sample(model.logits(h[:, 0]), keys[state.count], state.last)
-        told = state.told.at[:, state.count].set(chosen)
-        return _State(state.count + 1, cache, state.readable.at[:, slot].set(True), chosen, told)
+        chosen = sample(model.logits(h[:, 0]), keys[state.number], state.last)
+        told = state.told.at[:, state.number].set(chosen)
+        return _State(state.number + 1, cache, state.readable.at[:, slot].set(True), chosen, told)
 
     told = jnp.zeros((len(tokens), n_new), jnp.int32).at[:, 0].set(first)
     end = lax.while_loop(going, step, _State(jnp.int32(1), cache, readable, first, told))
-    return jnp.where(jnp.arange(n_new) < end.count, end.told, end.last[:, None])
+    return jnp.where(jnp.arange(n_new) < end.number, end.told, end.last[:, None])
 
 
 class _State(NamedTuple):
-    """A generation after `count` new tokens."""
+    """A generation after `number` new tokens."""
 
-    count: Int[Array, ""]
+    number: Int[Array, ""]
     cache: KV
     readable: Bool[Array, "B S"]
     last: Int[Array, " B"]
