@@ -129,8 +129,9 @@ def test_every_beginning_is_computed_once(tokenizer: Any) -> None:
     packed, least = prepare_pairs(PAIRS, tokenizer).packed, len(tokens_of(tokenizer, PAIRS))
     assert least <= packed.nodes <= 1.1 * least  # a tree wider than the array is cut, its trunk repeated
     assert packed.nodes < 0.6 * sum(len(row) for row in {row for row, _, _ in packed.wanted})
-    (shape,) = {batch.tokens.shape for batch in packed.batches}
-    assert packed.nodes / (len(packed.batches) * np.prod(shape)) > 0.8
+    (batch,) = packed.batches
+    used = np.count_nonzero(batch.positions.any(axis=1))
+    assert packed.nodes > 0.7 * used * batch.tokens.shape[1]
 
 
 def test_one_token_objects_add_nothing(tokenizer: Any) -> None:
