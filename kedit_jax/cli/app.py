@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from kedit_jax.checkpoint import has_session, read_manifest, save_session
 from kedit_jax.cli import history, show
+from kedit_jax.cli.cache import compiled_programs_kept
 from kedit_jax.cli.common import (
     Columns,
     Conflicts,
@@ -185,7 +186,7 @@ def evaluate_command(
 def main() -> None:
     """Run the command line; what the user got wrong is one message and exit status 1, not a traceback."""
     try:
-        with _few_blas_threads():
+        with _few_blas_threads(), compiled_programs_kept():
             app()
     except KeditError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")

@@ -184,7 +184,7 @@ def _store_and_retract(console: Console, stage: Stage, session: EditSession, fol
     reloaded = load_session(folder, stage.model, stage.tokenizer, stage.moments)
     rng = np.random.default_rng(0)
     ids = [str(fact.id) for fact in reloaded.facts]
-    gone = rng.choice(ids, min(RETRACTED, len(ids)), replace=False).tolist()
+    gone = rng.choice(ids, min(RETRACTED, len(ids) // 2), replace=False).tolist()
     fewer, _ = reloaded.retract(gone)
     error = relative_error(fewer.delta, fewer.one_time())
     error_float32 = relative_error(fewer.replayed("float32"), fewer.one_time("float32"))

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from kedit_jax.errors import KeditError
-from kedit_jax.models import Decoder, causal_mask
+from kedit_jax.models import Decoder
 
 SHORTEST = 4
 
@@ -25,11 +23,6 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def largest_power_of_two(limit: int) -> int:
-    """The largest power of two that is not above `limit`, at least 1."""
-    return 1 << (max(1, limit).bit_length() - 1)
-
-
 def stack_rows(rows: Sequence[Sequence[int]], n_rows: int) -> Int[np.ndarray, "B T"]:
     """Rows padded on the right with token 0 to the bucket of the longest, and rows of token 0 up to `n_rows`.
 
@@ -39,27 +32,6 @@ def stack_rows(rows: Sequence[Sequence[int]], n_rows: int) -> Int[np.ndarray, "B
     for place, row in enumerate(rows):
         tokens[place, : len(row)] = row
     return tokens
-
-
-def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
-    """What the last block hands to the head, for rows padded on the right."""
-    ones = jnp.ones((1, tokens.shape[1]), bool)
-    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    limit = model.config.position_limit
-    if limit is not None:
-        # Only padding can stand past the last position that the model has; looked up there, it answers NaN, and a masked
-        # NaN still spoils the attention (0 * NaN).
-        places = jnp.minimum(places, limit - 1)
-    positions = jnp.broadcast_to(places, tokens.shape)
-    h = model.embed(tokens, positions)
-    h, _ = model.run_layers(h, 0, model.config.n_layers, positions=positions, mask=causal_mask(ones))
-    return h
-
-
-def negative_log_likelihood(logits: Float[Array, "*n V"], token: Int[Array, "*n c"]) -> Float[Array, "*n c"]:
-    """-log softmax(logits)[token] for c tokens at each position, in the logits' dtype (at least float32)."""
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return total - jnp.take_along_axis(logits, token, axis=-1)
 
 
 def check_fits(model: Decoder, longest: int, largest_token: int, mend: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kedit_jax.evaluation.metrics import FactScores, PromptScores, Scores
+from kedit_jax.evaluation.packing import BATCH_TOKENS
 from kedit_jax.evaluation.records import Record, RecordError
 from kedit_jax.evaluation.scoring import Pair, PairScores, PreparedPairs, prepare_pairs, score_pairs
 from kedit_jax.models import Decoder
@@ -61,7 +62,7 @@ class Prepared:
     same_subject: FactIndex
 
 
-def prepare(records: Sequence[Record], tokenizer: Any, *, row_batch: int = 64) -> Prepared:
+def prepare(records: Sequence[Record], tokenizer: Any, *, batch_tokens: int = BATCH_TOKENS) -> Prepared:
     """Tokenise the prompts of the records, in order of editing, with both objects each, as far as there are both.
 
     A neighbourhood fact has no object but its own.
@@ -69,7 +70,7 @@ def prepare(records: Sequence[Record], tokenizer: Any, *, row_batch: int = 64) -
     Args:
         records: at least one.
         tokenizer: fast tokenizer of the models that will be scored.
-        row_batch: rows of a forward pass.
+        batch_tokens: of a forward pass.
 
     Raises:
         RecordError: there are no records.
@@ -100,7 +101,7 @@ def prepare(records: Sequence[Record], tokenizer: Any, *, row_batch: int = 64) -
     neighborhood = prompts(neighbors)
     facts = [(i, pair(fact.prompt, fact.target)) for i, record in numbered for fact in record.same_subject]
     same_subject = FactIndex(*np.array(facts, np.int64).reshape(-1, 2).T)
-    pairs = prepare_pairs(list(number), tokenizer, row_batch=row_batch)
+    pairs = prepare_pairs(list(number), tokenizer, batch_tokens=batch_tokens)
     return Prepared(tuple(records), pairs, rewrite, paraphrase, neighborhood, same_subject)
 
 

@@ -37,7 +37,7 @@ def generate(
       key: `jax.random.key(seed)`; the same key gives the same tokens.
       temperature: divides the logits before sampling; 0 takes the likeliest token.
       top_k: sample among the k likeliest tokens (and those tied with the last of them); None among all.
-      stop_ids: a sequence that has produced one of them repeats it to the end.
+      stop_ids: a sequence that has produced one of them repeats it to the end; once all have, nothing more is computed.
 
     Returns:
       The new tokens alone.
@@ -105,19 +105,36 @@ def _generate(
     readable = readable.at[:, -1].set(True)  # the token of the step itself stands behind the cache
     n_prompt = valid.sum(axis=-1, dtype=jnp.int32)
 
-    def step(carry: tuple[KV, Array, Array], xs: tuple[Array, Array]) -> tuple[tuple[KV, Array, Array], Array]:
-        cache, readable, last = carry
-        index, key = xs
-        positions = (n_prompt + index)[:, None]
-        h = model.embed(last[:, None], positions)
-        h, _, new = model.prefill(h, 0, n_layers, positions=positions, mask=readable[:, None], past=cache)
-        slot = length + index
-        cache = jax.tree.map(lambda old, one: lax.dynamic_update_slice_in_dim(old, one, slot, 2), cache, new)
-        chosen = sample(model.logits(h[:, 0]), key, last)
-        return (cache, readable.at[:, slot].set(True), chosen), chosen
+    def going(state: _State) -> Array:
+        """One more token is wanted, and some sequence has not stopped: those that have would only repeat themselves."""
+        stopped = jnp.isin(state.last, jnp.asarray(stop_ids)).all() if stop_ids else False
+        return (state.number < n_new) & ~jnp.asarray(stopped)
 
-    _, rest = lax.scan(step, (cache, readable, first), (jnp.arange(n_new - 1), keys[1:]))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    def step(state: _State) -> _State:
+        index = state.number - 1
+        positions = (n_prompt + index)[:, None]
+        h = model.embed(state.last[:, None], positions)
+        mask = state.readable[:, None]
+        h, _, new = model.prefill(h, 0, n_layers, positions=positions, mask=mask, past=state.cache)
+        slot = length + index
+        cache = jax.tree.map(lambda old, one: lax.dynamic_update_slice_in_dim(old, one, slot, 2), state.cache, new)
+        chosen = sample(model.logits(h[:, 0]), keys[state.number], state.last)
+        told = state.told.at[:, state.number].set(chosen)
+        return _State(state.number + 1, cache, state.readable.at[:, slot].set(True), chosen, told)
+
+    told = jnp.zeros((len(tokens), n_new), jnp.int32).at[:, 0].set(first)
+    end = lax.while_loop(going, step, _State(jnp.int32(1), cache, readable, first, told))
+    return jnp.where(jnp.arange(n_new) < end.number, end.told, end.last[:, None])
+
+
+class _State(NamedTuple):
+    """A generation after `number` new tokens."""
+
+    number: Int[Array, ""]
+    cache: KV
+    readable: Bool[Array, "B S"]
+    last: Int[Array, " B"]
+    told: Int[Array, "B n_new"]
 
 
 def _prefill_prompts(model: Decoder, tokens: Array, valid: Array) -> tuple[Array, KV]:

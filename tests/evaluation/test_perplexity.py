@@ -1,4 +1,3 @@
-import sys
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from evaluation_world import plain_nll, random_model
 
 from kedit_jax.errors import KeditError, NonFiniteError
 from kedit_jax.evaluation import perplexity, prepare_texts
-from kedit_jax.evaluation.perplexity import _token_nll
+from kedit_jax.evaluation.scoring import _score_batch
 from kedit_jax.models import Decoder, ModelConfig
 
 TEXTS = ["Ada Quill was born in Oslo.", "A", "Cora saw Rome, a town. " * 4, "Émile {} was born in Port Royal " * 2, ""]
@@ -30,7 +29,7 @@ def test_equals_plain_reference(model: Decoder, tokenizer: Any, max_length: int)
     prepared = prepare_texts(TEXTS, tokenizer, max_length=max_length)
     expected = reference(model, tokenizer, TEXTS, max_length)
     assert perplexity(model, prepared) == pytest.approx(expected, rel=1e-5)
-    assert prepared.longest <= max_length
+    assert prepared.packed.longest <= max_length
     assert prepared.n_tokens == sum(max(0, len(tokenizer(text).input_ids) - 1) for text in TEXTS)
 
 
@@ -41,24 +40,37 @@ def test_weighs_tokens_not_texts(model: Decoder, tokenizer: Any) -> None:
     assert abs(together - apart) > 1e-3 * together
 
 
-def test_batching_changes_nothing(model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [*TEXTS[:2] * 9, TEXTS[2]]
-    monkeypatch.setattr(sys.modules["kedit_jax.evaluation.perplexity"], "TOKENS_PER_BATCH", 90)
-    prepared = prepare_texts(texts, tokenizer, max_length=20)
-    assert len(prepared.batches) > 2
+def test_batching_changes_nothing(model: Decoder, tokenizer: Any) -> None:
+    texts = [*(f"{n} {text}" for n in range(9) for text in TEXTS[:2]), TEXTS[2]]
+    prepared = prepare_texts(texts, tokenizer, max_length=20, batch_tokens=20)
+    assert len(prepared.packed.batches) > 2
     assert perplexity(model, prepared) == pytest.approx(reference(model, tokenizer, texts, 20), rel=1e-5)
 
 
-def test_few_programs_and_none_for_edited_weights(config: ModelConfig, tokenizer: Any) -> None:
-    texts = ["Ada was born in " * n for n in range(1, 5)] * 60
+def test_texts_said_twice_count_twice(model: Decoder, tokenizer: Any) -> None:
+    texts = [*TEXTS, TEXTS[0], TEXTS[0]]
+    prepared = prepare_texts(texts, tokenizer, max_length=70)
+    assert prepared.packed.nodes == prepare_texts(TEXTS, tokenizer, max_length=70).packed.nodes
+    assert perplexity(model, prepared) == pytest.approx(reference(model, tokenizer, texts, 70), rel=1e-5)
+
+
+def test_one_program_and_none_for_edited_weights(config: ModelConfig, tokenizer: Any) -> None:
+    texts = [f"{number} " + "Ada was born in " * (1 + number % 4) for number in range(240)]
     prepared = prepare_texts(texts, tokenizer, max_length=32)
-    shapes = {batch.tokens.shape for batch in prepared.batches}
-    assert len(shapes) <= 3
-    _token_nll.clear_cache()
+    assert len(prepared.packed.batches) > 2
+    _score_batch.clear_cache()
     first = perplexity(random_model(config, seed=1), prepared)
     second = perplexity(random_model(config, seed=2), prepared)
-    assert _token_nll._cache_size() == len(shapes)
+    assert _score_batch._cache_size() == 1
     assert first != pytest.approx(second, rel=1e-2)
+
+
+def test_texts_fill_the_arrays(tokenizer: Any) -> None:
+    """Lengths that leave half of the narrowest array empty are laid side by side in a wider one."""
+    prepared = prepare_texts([f"{number} " + "was " * 35 for number in range(100)], tokenizer, max_length=70)
+    filled = prepared.packed.nodes / sum(batch.tokens.size for batch in prepared.packed.batches)
+    assert 32 < prepared.packed.longest < 40
+    assert filled > 0.8
 
 
 def test_nonfinite_scores_name_the_text(model: Decoder, tokenizer: Any) -> None:

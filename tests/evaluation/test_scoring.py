@@ -1,4 +1,5 @@
 import string
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kedit_jax.errors import KeditError, NonFiniteError
 from kedit_jax.evaluation import Pair, prepare_pairs, score_pairs
-from kedit_jax.evaluation.batching import bucket, largest_power_of_two, power_of_two
-from kedit_jax.evaluation.scoring import CANDIDATES, _score_batch
+from kedit_jax.evaluation.batching import bucket, power_of_two
+from kedit_jax.evaluation.packing import CANDIDATES
+from kedit_jax.evaluation.scoring import _score_batch
 from kedit_jax.models import Decoder, ModelConfig
 
 PROMPTS = [
@@ -40,9 +42,10 @@ def references(model: Decoder, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.array(nll), np.array(correct)
 
 
-def n_rows(prepared: Any) -> int:
-    """Rows of all batches that are read."""
-    return sum(len(set(batch.row[(batch.entry >= 0).any(1)].tolist())) for batch in prepared.batches)
+def tokens_of(tokenizer: Any, pairs: Any) -> set[tuple[int, ...]]:
+    """Every distinct beginning of what the pairs need as input: the least that has to be computed."""
+    rows = [tokenizer(f"{prompt} {target}").input_ids[:-1] for prompt, target in pairs]
+    return {tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)}
 
 
 def test_targets_have_one_and_several_tokens(tokenizer: Any) -> None:
@@ -95,11 +98,11 @@ class _FixedTokens:
         return {"input_ids": [row for row, _, _ in chosen], "offset_mapping": offsets}
 
 
-@pytest.mark.parametrize("row_batch", [1, 2])
-def test_batching_changes_no_score(model: Decoder, tokenizer: Any, references: Any, row_batch: int) -> None:
+@pytest.mark.parametrize("batch_tokens", [1, 20])
+def test_batching_changes_no_score(model: Decoder, tokenizer: Any, references: Any, batch_tokens: int) -> None:
     chosen = [i for i, pair in enumerate(PAIRS) if pair.prompt in PROMPTS[:2] and pair.target in TARGETS[:6]]
-    prepared = prepare_pairs([PAIRS[i] for i in chosen], tokenizer, row_batch=row_batch)
-    assert len(prepared.batches) > 1
+    prepared = prepare_pairs([PAIRS[i] for i in chosen], tokenizer, batch_tokens=batch_tokens)
+    assert len(prepared.packed.batches) > 1
     scores = score_pairs(model, prepared)
     np.testing.assert_allclose(scores.nll, references[0][chosen], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(scores.correct, references[1][chosen])
@@ -109,8 +112,8 @@ def test_padding_changes_no_score(model: Decoder, tokenizer: Any) -> None:
     """A short pair beside one that pads it to the model's last position and past it."""
     short, long = Pair("Ada", "Rome"), Pair("Ada" + " was" * 68, "Lima")
     prepared = prepare_pairs([long, short], tokenizer)
-    (batch,) = prepared.batches
-    assert 60 < prepared.longest <= model.config.max_positions < batch.tokens.shape[1]
+    (batch,) = prepared.packed.batches
+    assert 60 < prepared.packed.longest <= model.config.max_positions < batch.tokens.shape[1]
     expected = [reference(model, tokenizer, pair)[0] for pair in (long, short)]
     np.testing.assert_allclose(score_pairs(model, prepared).nll, expected, rtol=0, atol=1e-5)
 
@@ -118,30 +121,47 @@ def test_padding_changes_no_score(model: Decoder, tokenizer: Any) -> None:
 def test_order_and_repetition(model: Decoder, tokenizer: Any, references: Any) -> None:
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(PAIRS)), 2))
     prepared = prepare_pairs([PAIRS[i] for i in order], tokenizer)
-    assert n_rows(prepared) == n_rows(prepare_pairs(PAIRS, tokenizer))
+    assert prepared.packed.nodes == prepare_pairs(PAIRS, tokenizer).packed.nodes
     np.testing.assert_allclose(score_pairs(model, prepared).nll, references[0][order], rtol=0, atol=1e-5)
 
 
-def test_one_token_objects_share_a_row(model: Decoder, tokenizer: Any) -> None:
-    both = [(prompt, target) for prompt in PROMPTS for target in ("Paris", "Rome")]
-    assert n_rows(prepare_pairs(both, tokenizer)) == len(PROMPTS) - 2  # two prompts begin another one
+def test_every_beginning_is_computed_once(tokenizer: Any) -> None:
+    packed, least = prepare_pairs(PAIRS, tokenizer).packed, len(tokens_of(tokenizer, PAIRS))
+    assert least <= packed.nodes <= 1.1 * least  # a tree wider than the array is cut, its trunk repeated
+    assert packed.nodes < 0.6 * sum(len(row) for row in {row for row, _, _ in packed.wanted})
+    (batch,) = packed.batches
+    used = np.count_nonzero(batch.positions.any(axis=1))
+    assert packed.nodes > 0.7 * used * batch.tokens.shape[1]
 
 
-def test_rows_that_begin_other_rows_are_merged(model: Decoder, tokenizer: Any) -> None:
+def test_one_token_objects_add_nothing(tokenizer: Any) -> None:
+    one, both = ([(prompt, target) for prompt in PROMPTS for target in targets] for targets in (["Rome"], ["Paris", "Rome"]))
+    assert prepare_pairs(both, tokenizer).packed.nodes == prepare_pairs(one, tokenizer).packed.nodes
+
+
+def test_rows_that_begin_other_rows_are_part_of_them(model: Decoder, tokenizer: Any) -> None:
     pairs = [Pair("Ada Quill", "was"), Pair("Ada Quill was born", "in"), Pair("Ada Quill was born in", "Port Royal")]
     prepared = prepare_pairs(pairs, tokenizer)
-    assert n_rows(prepared) == 1
+    assert prepared.packed.nodes == prepared.packed.longest
     expected = [reference(model, tokenizer, pair)[0] for pair in pairs]
     np.testing.assert_allclose(score_pairs(model, prepared).nll, expected, rtol=0, atol=1e-5)
 
 
+def test_a_node_sees_its_own_beginning_alone(model: Decoder, tokenizer: Any, references: Any) -> None:
+    """Negative control: were the whole row of the array before a node seen, scores would be others."""
+    prepared = prepare_pairs(PAIRS, tokenizer)
+    width = prepared.packed.batches[0].tokens.shape[1]
+    causal = tuple(batch._replace(end=np.full_like(batch.end, width)) for batch in prepared.packed.batches)
+    wrong = score_pairs(model, replace(prepared, packed=replace(prepared.packed, batches=causal)))
+    assert np.median(np.abs(wrong.nll - references[0])) > 1e-2
+
+
 def test_more_objects_than_a_slot_holds(model: Decoder, tokenizer: Any) -> None:
-    """One prompt with 52 one-token objects is one row; a slot has room for a few of them."""
+    """One prompt with 52 letters behind it is one row; a slot has room for a few of them."""
     pairs = [Pair("Ada Quill was born in", letter) for letter in string.ascii_letters]
-    letters = [pair for pair in pairs if len(tokenizer(" " + pair.target).input_ids) == 1]
     prepared = prepare_pairs(pairs, tokenizer)
-    (shape,) = prepared.shapes
-    assert shape[2] >= len(letters) / CANDIDATES
+    slots = np.unique(prepared.packed.place // CANDIDATES)
+    assert len(slots) >= len(pairs) / CANDIDATES
     expected = [reference(model, tokenizer, pair)[0] for pair in pairs]
     np.testing.assert_allclose(score_pairs(model, prepared).nll, expected, rtol=0, atol=1e-5)
 
@@ -165,19 +185,18 @@ def test_special_tokens_belong_to_the_prompt(model: Decoder, tokenizer: Any) -> 
     assert abs(score - without) > 1e-3
 
 
-def test_few_programs_and_none_for_edited_weights(config: ModelConfig, tokenizer: Any) -> None:
+def test_one_program_and_none_for_edited_weights(config: ModelConfig, tokenizer: Any) -> None:
     rng = np.random.default_rng(0)
     words = np.array(["Ada", "Quill", "Bram", "Osterly", "was", "born", "in", "Oslo", "is", "a", "town", "The"])
     prompts = [" ".join(rng.choice(words, rng.integers(2, 8))) for _ in range(1000)]
     prepared = prepare_pairs([(prompt, target) for prompt in prompts for target in ("Rome", "Port Royal")], tokenizer)
     assert len(prepared.pairs) == 2000
-    assert len(prepared.shapes) <= 4
-    assert len(prepared.batches) > len(prepared.shapes)
+    assert len(prepared.packed.batches) > 4
     _score_batch.clear_cache()
     first = score_pairs(random_model(config, seed=1), prepared)
-    assert _score_batch._cache_size() == len(prepared.shapes)
+    assert _score_batch._cache_size() == 1
     second = score_pairs(random_model(config, seed=2), prepared)
-    assert _score_batch._cache_size() == len(prepared.shapes)
+    assert _score_batch._cache_size() == 1
     assert np.abs(first.nll - second.nll).max() > 0.1  # the weights are not baked into the program
 
 
@@ -188,7 +207,6 @@ def test_buckets() -> None:
     assert sorted(set(padded))[:9] == [4, 8, 12, 16, 20, 24, 28, 32, 40]
     assert len(set(padded)) == 24
     assert [power_of_two(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]
-    assert [largest_power_of_two(n) for n in (0, 1, 2, 3, 4, 5)] == [1, 1, 2, 2, 4, 4]
 
 
 def test_nonfinite_scores_name_the_prompt(model: Decoder, tokenizer: Any) -> None:
@@ -200,6 +218,23 @@ def test_nonfinite_scores_name_the_prompt(model: Decoder, tokenizer: Any) -> Non
     prepared = prepare_pairs([("Ada was", "Rome"), ("So Bram was", "Rome")], tokenizer)
     with pytest.raises(NonFiniteError, match=r"2 of 2 .*(?s:.*)'Ada was'.*(?s:.*)'So Bram was'"):
         score_pairs(jax.tree.map(spoil, model), prepared)
+
+
+def test_nonfinite_scores_spoil_no_neighbour(model: Decoder, tokenizer: Any) -> None:
+    """Rows stand side by side in one array, where a mask keeps no NaN out: 0 * NaN. Only the guilty prompt is named."""
+    limit = tokenizer(" Bram").input_ids
+    broken = jax.tree.map(lambda leaf: leaf, model)
+    broken.position_embedding[...] = broken.position_embedding[...].at[6].set(jnp.nan)
+    pairs = [("Ada was", "Rome"), ("So" + " was" * 8, "Rome"), ("The", "Lima")]
+    assert len(limit) < 6 < len(tokenizer(pairs[1][0]).input_ids)
+    prepared = prepare_pairs(pairs, tokenizer)
+    assert len(prepared.packed.batches) == 1
+    with pytest.raises(NonFiniteError, match="1 of 3 scores") as error:
+        score_pairs(broken, prepared)
+    assert "So was was" in str(error.value)
+    assert "Ada" not in str(error.value)
+    nll, _ = jax.device_get(_score_batch(broken, prepared.packed.batches[0]))
+    assert not np.isfinite(nll.ravel()[prepared.packed.place]).all()
 
 
 def test_unusable_pairs_are_listed(tokenizer: Any) -> None:
@@ -244,4 +279,5 @@ def test_targets_that_tokenize_to_nothing(space: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
     with pytest.raises(KeditError, match=r"target '\\xad': the target has no tokens; use text the tokenizer knows"):
         prepare_pairs([("Ada is", "\u00ad")], tokenizer)
-    assert prepare_pairs([("Ada is", "here\u00ad")], tokenizer).n_entries == (2 if space == "kept" else 1)
+    packed = prepare_pairs([("Ada is", "here\u00ad")], tokenizer).packed
+    assert len(packed.place) == (2 if space == "kept" else 1)

@@ -13,6 +13,7 @@ from oracle_models import padded, quick_jit
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models import Decoder, generate
+from kedit_jax.models.generation import _generate
 
 
 def quick_generate(model: Decoder, prompts: tuple[jax.Array, jax.Array], n_new: int, seed: int, **kwargs: Any) -> Any:
@@ -72,6 +73,30 @@ def test_a_stop_token_repeats(gpt2, prompts):
         np.testing.assert_array_equal(after[: first + 1], before[: first + 1])
         assert set(after[first:].tolist()) <= {stop, 60}
     assert stopped[0, 3:].tolist() == 3 * [stop]
+
+
+@pytest.mark.parametrize("stop", [None, 2])
+def test_nothing_is_computed_once_all_have_stopped(gpt2, prompts, stop):
+    """Every head that runs is counted; negative control: without a stop token all six do."""
+    one = tuple(part[:1] for part in prompts)
+    free = np.asarray(quick_generate(gpt2.model, one, 6, 1))[0]
+    ids = () if stop is None else (int(free[stop]),)
+    steps = []
+    probe = jax.tree.map(lambda leaf: leaf, gpt2.model)
+    probe.logits = lambda h: (jax.debug.callback(lambda: steps.append(1)), type(probe).logits(probe, h))[1]
+    new = jax.jit(lambda *args: generate(probe, *args, 6, key=jax.random.key(1), stop_ids=ids))(*one)
+    jax.effects_barrier()
+    first = 6 if stop is None else free.tolist().index(ids[0]) + 1
+    assert len(steps) == first
+    np.testing.assert_array_equal(new[0], [*free[:first], *(6 - first) * ids])
+
+
+def test_one_program_for_any_prompts_of_a_shape(gpt2, prompts):
+    tokens, valid = prompts
+    _generate.clear_cache()
+    for shift in range(3):
+        generate(gpt2.model, (tokens + shift) % 61, valid, 5, key=jax.random.key(shift), temperature=0.5 + shift)
+    assert _generate._cache_size() == 1
 
 
 def test_nothing_to_add(gpt2, prompts):
