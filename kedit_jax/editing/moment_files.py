@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from kedit_jax.errors import KeditError
 
 FORMAT = 2
 """2 added sums and errors; in files without a format each layer's array is C0, and they are read as they were."""
+
+WRITING, ABANDONED = ".moments-", 24 * 3600  # names of files that are being written, and seconds after which none is
 
 Triangles = Iterator[tuple[int, Float[np.ndarray, "k k"]]]
 """(layer, symmetric matrix): float64 in Fortran order, zeros above the diagonal."""
@@ -196,10 +199,13 @@ def stored_prefixes(cache: Path, work: Work, most: int | float) -> tuple[dict[st
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse now what would fail after hours of work."""
+    """Refuse now what would fail after hours of work; drop what processes left that were killed while they wrote."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        for left in folder.glob(f"{WRITING}*"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -286,7 +292,7 @@ def _store(path: Path, arrays: dict[str, np.ndarray], work: Work, sums: Sums, ab
     done |= {"squares": [sums.squares[layer] for layer in work.layers], "batch_tokens": work.batch_tokens}
     about = about | {"format": str(FORMAT), "model": work.model, "dtype": work.dtype, "layers": json.dumps(work.layers)}
     about |= {"sums": json.dumps(done), "arrays": _digest(arrays)}
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".moments-")
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
     try:
         os.close(handle)
         save_file(arrays, unfinished, metadata=about)

@@ -90,7 +90,7 @@ def compute_moments(
         if number is not None and not number >= 1:
             raise KeditError(f"{what} is {number}; it must be at least 1")
     most = default_tokens(model.config) if max_tokens is None else _count(max_tokens)
-    row_tokens = min(row_tokens, model.config.max_positions or row_tokens)
+    row_tokens = min(row_tokens, model.config.max_positions, model.config.position_limit or row_tokens)
     block_tokens = max(batch_tokens, min(BLOCK_TOKENS, width))
     blocks = read_blocks(tokenizer, texts, width=row_tokens, size=block_tokens, most=most)
     work = Work(model_fingerprint(model), layers, str(model.dtype), batch_tokens)
