@@ -198,7 +198,8 @@ def _keys(
     """The keys of each layer; nothing above the last runs. Tokens see those before them in their own segment alone."""
     same = segments[:, :, None] == segments[:, None, :]
     mask = causal_mask(segments > 0) & same
-    positions = jnp.tril(same).sum(-1) - 1  # segments lie in one piece, padding too
+    # A segment lies in one piece. Padding is at 0: past a table of positions it would be NaN, which no weight of 0 undoes.
+    positions = jnp.where(segments > 0, jnp.tril(same).sum(-1) - 1, 0)
     h, at = model.embed(jnp.asarray(tokens), positions), 0
     found: list[Array] = []
     for first, stop in _consecutive(layers):

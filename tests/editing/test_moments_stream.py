@@ -67,10 +67,10 @@ HONEST = module._batches
 
 @pytest.fixture(scope="module", params=["learned positions", "rotary", "windows"])
 def decoder(request: pytest.FixtureRequest, wide_model: Decoder) -> Decoder:
-    config = wide_model.config
     if request.param == "learned positions":
         return wide_model
-    config = dataclasses.replace(config, rotary=RotaryConfig(8, 777.0), norm="rms", gated_mlp=True, activation="silu")
+    rotary = RotaryConfig(8, 777.0)
+    config = dataclasses.replace(wide_model.config, rotary=rotary, norm="rms", gated_mlp=True, activation="silu")
     if request.param == "windows":  # two layers of four: Mistral's in all of them is the simpler case
         config = dataclasses.replace(config, local=LocalAttention(6, (True, False, True, True)))
     with jax.enable_x64(True):
@@ -93,6 +93,12 @@ def test_packed_documents_see_nothing_of_each_other(
     assert packed.tokens == apiece.tokens == 164
     assert apart(packed, apiece) < 1e-12
     assert apart(mixed, apiece) > 1e-3, "negative control"
+
+
+def test_padding_may_be_longer_than_a_document(config: ModelConfig, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of padding past the model's table would be NaN, in the attention's sums too."""
+    short = random_model(dataclasses.replace(config, max_positions=20), 2, scale=0.08)
+    assert np.isfinite(sums_of(alone, short, tokenizer, monkeypatch).by_layer[1]).all()
 
 
 def test_packing_in_float32(model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
