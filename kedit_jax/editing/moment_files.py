@@ -163,7 +163,7 @@ def write_moments(path: Path, moments: Moments, sums: Sums | None = None, batch_
     work = Work(moments.model, layers, moments.dtype, batch_tokens)
     arrays: dict[str, np.ndarray] = {}
     for layer, c0 in moments.by_layer.items():
-        triangles = np.zeros_like(c0) if sums is None else sums.by_layer[layer].T
+        triangles = np.zeros(c0.shape) if sums is None else sums.by_layer[layer].T
         np.copyto(triangles, c0, where=np.tri(len(c0), k=-1, dtype=bool))
         arrays |= {f"{layer}.triangles": triangles, f"{layer}.diagonal": c0.diagonal().copy()}
     errors = [moments.errors[layer] for layer in layers] if moments.errors else None
