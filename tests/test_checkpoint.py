@@ -198,9 +198,9 @@ def test_a_fresh_process_continues_the_same(
     tokenizer.save_pretrained(tmp_path / "model")
     session = history[1]
     stored = moments_path(tmp_path, "here")
-    from kedit_jax.editing import moments as module
+    from kedit_jax.editing.moment_files import write_moments
 
-    module._write(stored, session.moments)
+    write_moments(stored, session.moments)
     save_session(session, tmp_path / "session")
     script = f"""
 import sys, pathlib

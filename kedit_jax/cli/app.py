@@ -1,6 +1,7 @@
 """The commands. Each reads files, calls the library, shows what came out; errors of the user are one clear message."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from kedit_jax.cli.demo import demo
 from kedit_jax.cli.export import export
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
-from kedit_jax.editing.moments import Moments, compute_moments, moments_path
+from kedit_jax.editing.moments import Moments, compute_moments, default_tokens, moments_path
 from kedit_jax.editing.presets import PRESETS, assigned, check_preset, derive_settings, overridden, read_settings
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, check_editable, start_session
@@ -56,7 +57,7 @@ INTERRUPTED = 130  # the exit status that typer gives to an interrupt from the k
 
 Corpus = Annotated[Path | None, typer.Option(help="text such as the model was trained on, a document a line")]
 Layers = Annotated[str | None, typer.Option(help="layers to edit, as 3,4,5; 0 is the first")]
-MaxTokens = Annotated[int | None, typer.Option(help="of the corpus; about 10 x the key width is enough", min=1)]
+MaxTokens = Annotated[float | None, typer.Option(help="of the corpus; 10 x the key width by default, inf for all", min=1)]
 
 COMMANDS = (demo, verify, inspect, doctor, export)
 for command in (*COMMANDS, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
@@ -80,6 +81,7 @@ def stats(
         f"second moments of layers {layers} over {found.tokens:,} tokens: "
         f"{escape(str(moments_path(moments, found.fingerprint(tuple(found.by_layer)))))}"
     )
+    console.print(show.sampling(found))
 
 
 @app.command()
@@ -172,7 +174,7 @@ def evaluate_command(
     prepared = prepare(read_facts(records, columns, sha256, zsre_target), tokenizer)
     texts = None
     if heldout is not None:
-        texts = prepare_texts(lines(heldout), tokenizer, max_length=decoder.config.max_positions)
+        texts = prepare_texts(list(lines(heldout)), tokenizer, max_length=decoder.config.max_positions)
     rows = {UNEDITED: evaluate(decoder, prepared, heldout=texts)}
     if session is not None:
         edited = open_session(session, decoder, tokenizer, moments)
@@ -220,10 +222,14 @@ def _requests(records: list[Record]) -> list[EditRequest]:
 
 
 def _compute(
-    model: Decoder, tokenizer: Any, corpus: Path, layers: tuple[int, ...], folder: Path, max_tokens: int | None = None
+    model: Decoder, tokenizer: Any, corpus: Path, layers: tuple[int, ...], folder: Path, max_tokens: float | None
 ) -> Moments:
+    asked = default_tokens(model.config) if max_tokens is None else max_tokens
     with show.bar(console, "second moments (tokens)") as move:
-        return compute_moments(model, tokenizer, lines(corpus), layers, max_tokens=max_tokens, cache=folder, progress=move)
+        found = compute_moments(model, tokenizer, lines(corpus), layers, max_tokens=asked, cache=folder, progress=move)
+    if found.tokens < asked < math.inf:
+        console.print(f"the corpus has {found.tokens:,} tokens, of the {asked:,.0f} asked for")
+    return found
 
 
 def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) -> EditSettings | None:

@@ -1,6 +1,6 @@
 """What several commands share: their options, and how they open models and stored sessions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +31,11 @@ Sha256 = Annotated[str | None, typer.Option(help="checksum of the file; needed f
 ZsreTarget = Annotated[str, typer.Option(help="what edits of zsRE write: answers, or alt as EasyEdit does")]
 
 
-def lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises KeditError where it cannot be read."""
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file that are not blank, read as they are asked for. Raises KeditError where it cannot be."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as file:
+            yield from (line for part in file for line in part.splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise KeditError(f"cannot read {str(path)!r}: {error}") from error
 

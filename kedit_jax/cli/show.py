@@ -1,5 +1,6 @@
 """What a person sees while and after something runs: progress bars and tables."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.session import EditSession, Event
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import Completion
 
 
 @contextmanager
-def bar(console: Console, what: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left; the block gets a function of (done, total) that moves it."""
+def bar(console: Console, what: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar with the time left; the block gets a function of (done, total or None) that moves it."""
     columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(what, total=total)
@@ -76,6 +78,12 @@ def check_writable(file: Path) -> None:
         file.open("a", encoding="utf-8").close()
     except OSError as error:
         raise KeditError(f"cannot write {str(file)!r}: {error}; choose another file") from error
+
+
+def sampling(moments: Moments) -> str:
+    """One line on how far the moments of a sample are from those of all such text."""
+    known = [f"{error:.1%} (layer {layer})" for layer, error in moments.errors.items() if math.isfinite(error)]
+    return f"estimated error of the sample, relative: {', '.join(known) or 'unknown, it is too small to tell'}"
 
 
 def summary(session: EditSession) -> str:

@@ -1,133 +1,122 @@
 """Second moments of keys, C0 = mean of k k' over a corpus: what a model's MLPs see, and edits should leave alone.
 
 One pass over the corpus serves all edited layers and stops above the last. Products are made and summed in float64 on
-the host: C0's spectrum spans eight orders of magnitude, and rounding it to float32 moved solutions by up to 7e-2.
+the host: C0's spectrum spans eight orders of magnitude, and rounding it to float32 moved solutions by up to 7e-2. Sums grow
+by blocks of the corpus (`kedit_jax.editing.corpus`), so that an interrupted computation, or one for a larger sample, goes on
+from what is stored (`kedit_jax.editing.moment_files`) with the same result, bit for bit.
 """
 
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from scipy.linalg.blas import dsyrk
 
+from kedit_jax.editing.corpus import Block, HeldBlocks, Row, read_blocks
+from kedit_jax.editing.moment_files import (
+    Moments,
+    Sums,
+    Triangles,
+    Work,
+    check_writable,
+    moments_path,
+    read_moments,
+    read_sums,
+    stored_prefixes,
+    write_moments,
+    write_sums,
+)
 from kedit_jax.errors import KeditError, NonFiniteError
-from kedit_jax.models import Decoder, causal_mask, model_fingerprint, positions_of
+from kedit_jax.models import Decoder, ModelConfig, causal_mask, model_fingerprint
 
-Progress = Callable[[int, int], None]
+__all__ = ["Moments", "check_layers", "compute_moments", "default_tokens", "moments_path", "read_moments"]
 
+Progress = Callable[[int, int | None], None]
 
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Second moments of the keys of some layers, and what they were computed from.
-
-    Attributes:
-        by_layer: layer -> C0 [k, k], float64.
-        tokens: size of the sample.
-        model: fingerprint of the model whose keys they are.
-        corpus: sha256 of the token rows.
-        dtype: of the model's parameters.
-    """
-
-    by_layer: Mapping[int, Float[np.ndarray, "k k"]]
-    tokens: int
-    model: str
-    corpus: str
-    dtype: str
-
-    def fingerprint(self, layers: Sequence[int]) -> str:
-        """Names the content for some layers: equal for moments of the same model, layers, corpus and dtype."""
-        return _fingerprint(self.model, tuple(sorted(layers)), self.corpus, self.dtype)
-
-
-def _fingerprint(model: str, layers: tuple[int, ...], corpus: str, dtype: str) -> str:
-    return hashlib.sha256(json.dumps([model, layers, corpus, dtype]).encode()).hexdigest()
+BLOCK_TOKENS = 4096
+"""No more tokens are multiplied at once, unless one forward pass has them: their float64 keys stay small beside C0, and
+adding the product to the sum costs a few percent of making it."""
+SAMPLE = 10  # tokens for each component of the keys: serves nearly as well as millions (FastMEMIT)
+SHORTEST = 32  # columns of a batch
+SAVING = 0.05  # share of the time that may go into saving what is unfinished
 
 
 def compute_moments(
     model: Decoder,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     layers: Sequence[int],
     *,
-    max_tokens: int | None = None,
+    max_tokens: int | float | None = None,
     row_tokens: int = 512,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     cache: str | Path | None = None,
+    save_every: int | float = 60,
     progress: Progress | None = None,
 ) -> Moments:
     """Second moments of all `layers` over a corpus, in one pass; read from `cache` where the same are stored.
 
+    With a `cache`, an interrupted computation goes on where it was last saved, and one for more tokens of the same corpus
+    begins with what a smaller sample left: with the result, bit for bit on the same machine, of one from the start. The
+    corpus is read and tokenised from its beginning either way.
+
     Args:
-        texts: documents; each is cut into rows of at most `row_tokens` tokens (and the model's positions).
-        max_tokens: stop after so many tokens; about ten times the key width serves nearly as well as millions.
-        batch_tokens: tokens of one forward pass.
+        texts: documents, of which only a few are held at a time; each is cut into rows of at most `row_tokens` tokens (and
+            the model's positions), which see nothing of each other.
+        max_tokens: stop after so many tokens; ten times the key width by default (`default_tokens`). math.inf asks for the
+            whole corpus.
+        batch_tokens: tokens of one forward pass; 4096 were slower on a CPU, whose caches they leave (1.4 against 1.1 ms a
+            token at GPT-2-small shape).
         cache: folder of stored moments, named by their content; None neither reads nor writes.
-        progress: called with (tokens done, tokens in all).
+        save_every: seconds between two savings of what is unfinished; more where a saving takes long.
+        progress: called with (tokens done, tokens in all, or None where the corpus decides).
 
     Raises:
         KeditError: no text, a layer the model does not have, a damaged stored file, or a cache that cannot be written.
         NonFiniteError: the model's keys hold NaN or infinity.
     """
-    layers = check_layers(model, layers)
-    for what, size in (("max_tokens", max_tokens), ("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
-        if size is not None and size < 1:
-            raise KeditError(f"{what} is {size}; it must be at least 1")
-    rows = _token_rows(tokenizer, texts, min(row_tokens, model.config.max_positions or row_tokens), max_tokens)
-    digest = hashlib.sha256(b"".join(len(row).to_bytes(4, "little") + row.tobytes() for row in rows)).hexdigest()
-    sample = sum(map(len, rows))
-    name = (model_fingerprint(model), digest, str(model.dtype))
-    path = None if cache is None else moments_path(cache, _fingerprint(name[0], layers, *name[1:]))
-    if path is not None and path.exists():
-        return read_moments(path)
-    if path is not None:
-        _check_writable(path.parent)
-
-    sums = {layer: np.zeros((model.config.d_ff, model.config.d_ff)) for layer in layers}
-    done = 0
-    for tokens, valid in _batches(rows, batch_tokens):
-        for layer, keys in zip(layers, _keys(model, tokens, valid, layers), strict=True):
-            real = np.asarray(keys, np.float64)[valid]
-            if not np.isfinite(real).all():
-                raise NonFiniteError(f"layer {layer} puts out NaN or infinite keys on the corpus; check the weights")
-            sums[layer] += real.T @ real
-        done += int(valid.sum())
+    layers, width = check_layers(model, layers), model.config.d_ff
+    for what, number in (("max_tokens", max_tokens), ("row_tokens", row_tokens), ("batch_tokens", batch_tokens)):
+        if number is not None and not number >= 1:
+            raise KeditError(f"{what} is {number}; it must be at least 1")
+    most = default_tokens(model.config) if max_tokens is None else _count(max_tokens)
+    row_tokens = min(row_tokens, model.config.max_positions, model.config.position_limit or row_tokens)
+    block_tokens = max(batch_tokens, min(BLOCK_TOKENS, width))
+    blocks = read_blocks(tokenizer, texts, width=row_tokens, size=block_tokens, most=most)
+    work = Work(model_fingerprint(model), layers, str(model.dtype), batch_tokens)
+    saver = _Saver(None if cache is None else Path(cache), work, save_every)
+    start = saver.look_up(blocks, math.inf if most is None else most)
+    if start.same is not None:
+        return read_moments(start.same)
+    sums, digest = Sums.none(layers, width) if start.stored is None else read_sums(start.stored), start.digest
+    product = np.zeros((width, width), order="F")
+    for block, keys in _keys_ahead(model, start.blocks, layers, batch_tokens):
+        digest.update(block.content)
+        done, products = sums.tokens + block.tokens, _products(keys, layers, product)
+        if block.last:
+            moments = sums.moments(products, block.tokens, digest.hexdigest(), work)
+            saver.finish(moments, sums)
+        else:
+            sums.add(products, block.tokens, digest.hexdigest())
+            saver.now_and_then(sums)
         if progress is not None:
-            progress(done, sample)
-    moments = Moments({layer: total / sample for layer, total in sums.items()}, sample, *name)
-    if path is not None:
-        _write(path, moments)
+            progress(done, done if block.last else most)
     return moments
 
 
-def moments_path(cache: str | Path, fingerprint: str) -> Path:
-    """Where moments of this fingerprint are stored in a cache folder."""
-    return Path(cache) / f"moments-{fingerprint}.safetensors"
-
-
-def read_moments(path: str | Path) -> Moments:
-    """Moments as `compute_moments` stored them. Raises KeditError where the file is missing or damaged."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            by_layer = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-            about = file.metadata()
-            if about["arrays"] != _digest(by_layer):
-                raise ValueError("its numbers are not those that were written")
-            return Moments(by_layer, int(about["tokens"]), about["model"], about["corpus"], about["dtype"])
-    except FileNotFoundError as error:
-        raise KeditError(f"no moments at {str(path)!r}; compute them with `kedit stats`") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise KeditError(f"stored moments {str(path)!r} are damaged ({error}); delete the file to recompute") from error
+def default_tokens(config: ModelConfig) -> int:
+    """Size of the sample where none is asked for."""
+    return SAMPLE * config.d_ff
 
 
 def check_layers(model: Decoder, layers: Sequence[int]) -> tuple[int, ...]:
@@ -139,94 +128,174 @@ def check_layers(model: Decoder, layers: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def _token_rows(tokenizer: Any, texts: Sequence[str], width: int, max_tokens: int | None) -> list[np.ndarray]:
-    """The corpus as rows of at most `width` tokens, in its order."""
-    rows: list[np.ndarray] = []
-    left = max_tokens
-    for text in texts:
-        ids = tokenizer(text)["input_ids"] if text.strip() else []
-        for begin in range(0, len(ids), width):
-            row = np.asarray(ids[begin : begin + width][: left if left is not None else width], np.int32)
-            if len(row):
-                rows.append(row)
-            if left is not None:
-                left -= len(row)
-                if left <= 0:
-                    return rows
-    if not rows:
-        raise KeditError("the corpus holds no text; give documents such as the model was trained on")
-    return rows
+def _count(max_tokens: int | float) -> int | None:
+    if math.isinf(max_tokens):
+        return None
+    if max_tokens != int(max_tokens):
+        raise KeditError(f"max_tokens is {max_tokens}; give a whole number, or math.inf for the whole corpus")
+    return int(max_tokens)
 
 
-def _batches(rows: Sequence[np.ndarray], size: int) -> Iterator[tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]]:
-    """Rows of like length together, padded on the right to a multiple of 32, so that few programs are compiled."""
-    ordered = sorted(rows, key=len, reverse=True)
-    while ordered:
-        width = -(-len(ordered[0]) // 32) * 32
-        take = max(1, size // width)
-        batch, ordered = ordered[:take], ordered[take:]
-        tokens, valid = np.zeros((take, width), np.int32), np.zeros((take, width), bool)
-        for i, row in enumerate(batch):
-            tokens[i, : len(row)], valid[i, : len(row)] = row, True
-        yield tokens, valid
+# --- keys and products ----------------------------------------------------------------------------------------------
+
+_Keys = list[tuple[Bool[np.ndarray, "_ _"], list[Float[Array | np.ndarray, "_ _ k"]]]]
+"""For each batch, where its tokens are real, and the keys by layer."""
+
+
+def _keys_ahead(
+    model: Decoder, blocks: Iterable[Block], layers: tuple[int, ...], batch_tokens: int
+) -> Iterator[tuple[Block, _Keys]]:
+    """Each block with its keys, by batch and layer; the device is at work on the next while the host multiplies one."""
+    ready: tuple[Block, _Keys] | None = None
+    for block in blocks:
+        batches = _batches(block.rows, batch_tokens)
+        started = block, [(segments > 0, _keys(model, tokens, segments, layers)) for tokens, segments in batches]
+        if ready is not None:
+            yield ready
+        ready = started
+    if ready is not None:
+        yield ready
+
+
+def _batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]]:
+    """Rows packed into batches of about `size` tokens, longest first, each where it fits first.
+
+    A batch is as wide as its longest row, in powers of two, and its height one of at most four, so that few programs are
+    compiled. Beside the tokens come the numbers of their rows, from 1 on in each line; 0 is padding.
+    """
+    left = sorted(rows, key=len, reverse=True)
+    while left:
+        width = max(SHORTEST, 1 << (len(left[0]) - 1).bit_length())
+        most = max(1, size // width)
+        lines: list[list[Row]] = []
+        free: list[int] = []
+        later = []
+        for row in left:
+            at = next((i for i, room in enumerate(free) if room >= len(row)), len(lines))
+            if at == most:
+                later.append(row)
+                continue
+            if at == len(lines):
+                lines.append([])
+                free.append(width)
+            lines[at].append(row)
+            free[at] -= len(row)
+        quarter = max(1, most // 4)
+        shape = (-(-len(lines) // quarter) * quarter, width)
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for i, line in enumerate(lines):
+            used = width - free[i]
+            tokens[i, :used] = np.concatenate(line)
+            segments[i, :used] = np.repeat(np.arange(1, len(line) + 1), [len(row) for row in line])
+        yield tokens, segments
+        left = later
 
 
 @partial(jax.jit, static_argnames="layers")
 def _keys(
-    model: Decoder, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"], layers: tuple[int, ...]
+    model: Decoder, tokens: Int[Array, "b t"], segments: Int[Array, "b t"], layers: tuple[int, ...]
 ) -> list[Float[Array, "b t k"]]:
-    """The keys of each layer; nothing above the last runs."""
-    positions, mask = positions_of(valid), causal_mask(valid)
-    h, at, found = model.embed(jnp.asarray(tokens), positions), 0, []
-    for layer in layers:
-        h, _ = model.run_layers(h, at, layer, positions=positions, mask=mask)
-        h, keys = model.run_layers(h, layer, layer + 1, positions=positions, mask=mask)
-        found.append(keys[0])
-        at = layer + 1
+    """The keys of each layer; nothing above the last runs. Tokens see those before them in their own segment alone."""
+    same = segments[:, :, None] == segments[:, None, :]
+    mask = causal_mask(segments > 0) & same
+    # A segment lies in one piece. Padding is at 0: past a table of positions it would be NaN, which no weight of 0 undoes.
+    positions = jnp.where(segments > 0, jnp.tril(same).sum(-1) - 1, 0)
+    h, at = model.embed(jnp.asarray(tokens), positions), 0
+    found: list[Array] = []
+    for first, stop in _consecutive(layers):
+        if at < first:
+            h, _ = model.run_layers(h, at, first, positions=positions, mask=mask)
+        h, keys = model.run_layers(h, first, stop, positions=positions, mask=mask)
+        found.extend(keys)
+        at = stop
     return found
 
 
-def _digest(by_layer: Mapping[int, Float[np.ndarray, "k k"]]) -> str:
-    digest = hashlib.sha256()
-    for layer, c0 in sorted(by_layer.items()):
-        digest.update(str(layer).encode())
-        digest.update(np.ascontiguousarray(c0).tobytes())
-    return digest.hexdigest()
+def _consecutive(layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Runs first <= layer < stop of consecutive layers; the last layer by itself, since nobody reads its output."""
+    bounds = [0, *(i for i in range(1, len(layers)) if layers[i] > layers[i - 1] + 1 or i == len(layers) - 1), len(layers)]
+    return [(layers[i], layers[j - 1] + 1) for i, j in itertools.pairwise(bounds)]
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuse now what would fail after hours of work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+def _products(batches: _Keys, layers: tuple[int, ...], into: Float[np.ndarray, "k k"]) -> Triangles:
+    """Each layer's sum of k k' over a block, float64: the lower triangle of `into`, which the next layer overwrites.
+
+    Raises:
+        NonFiniteError: keys that are not finite.
+    """
+    for place, layer in enumerate(layers):
+        keys = np.concatenate([np.asarray(by_layer[place])[valid] for valid, by_layer in batches]).astype(np.float64)
+        product = dsyrk(1.0, keys.T, beta=0.0, c=into, lower=1, overwrite_c=1)
+        if not np.isfinite(product.diagonal()).all():
+            raise NonFiniteError(f"layer {layer} puts out NaN or infinite keys on the corpus; check the weights")
+        yield layer, product
 
 
-def _unwritable(folder: Path, error: OSError) -> KeditError:
-    return KeditError(f"cannot store moments in {str(folder)!r}: {error}; choose another folder, or none")
+# --- what is stored -------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, moments: Moments) -> None:
-    """Store under the final name only what is complete."""
-    arrays = {str(layer): np.ascontiguousarray(c0) for layer, c0 in moments.by_layer.items()}
-    about = {
-        "arrays": _digest(moments.by_layer),
-        "tokens": str(moments.tokens),
-        "model": moments.model,
-        "corpus": moments.corpus,
-        "dtype": moments.dtype,
-    }
-    blob = save(arrays, metadata=about)
-    handle, partial_name = tempfile.mkstemp(dir=path.parent, prefix=".moments-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_name, path)
-    except BaseException as error:
-        os.unlink(partial_name)
-        if isinstance(error, OSError):
-            raise _unwritable(path.parent, error) from error
-        raise
+class _Start(NamedTuple):
+    """Where a computation begins.
+
+    Attributes:
+        blocks: what has not been summed.
+        digest: of the corpus before those.
+        stored: file of the sums over what is before them; None where that is nothing.
+        same: file of the very moments that are wanted, where there is one.
+    """
+
+    blocks: Iterable[Block]
+    digest: Any
+    stored: Path | None = None
+    same: Path | None = None
+
+
+@dataclass
+class _Saver:
+    """Finds sums to go on with, stores them now and then, and the moments in the end; where there is no cache, nothing."""
+
+    cache: Path | None
+    work: Work
+    every: int | float
+    saved: float = field(default_factory=time.monotonic)
+    pause: float = 0.0
+
+    def look_up(self, blocks: Iterator[Block], most: int | float) -> _Start:
+        """Read the corpus as far as anything stored could be made of it, and find the furthest that is.
+
+        Raises:
+            KeditError: there is something to compute, and no way to store it.
+        """
+        known = hashlib.sha256()
+        if self.cache is None:
+            return _Start(blocks, known)
+        prefixes, furthest = stored_prefixes(self.cache, self.work, most)
+        digest, seen, held, stored = known.copy(), 0, HeldBlocks(), None
+        while seen < furthest:
+            block = next(blocks)
+            held.append(block)
+            seen += block.tokens
+            digest.update(block.content)
+            if block.last:
+                same = self.work.finished(self.cache, digest.hexdigest())
+                if same.exists():
+                    return _Start(held, known, stored, same)
+                break
+            if digest.hexdigest() in prefixes:
+                stored, known = prefixes[digest.hexdigest()], digest.copy()
+                held.clear()
+        check_writable(self.cache)
+        return _Start(itertools.chain(held, blocks), known, stored)
+
+    def now_and_then(self, sums: Sums) -> None:
+        begun = time.monotonic()
+        if self.cache is None or begun - self.saved < max(self.every, self.pause):
+            return
+        write_sums(self.work.unfinished(self.cache, sums.first), sums, self.work)
+        self.saved = time.monotonic()
+        self.pause = (self.saved - begun) / SAVING
+
+    def finish(self, moments: Moments, sums: Sums) -> None:
+        if self.cache is not None:
+            write_moments(self.work.finished(self.cache, moments.corpus), moments, sums, self.work.batch_tokens)
+            self.work.unfinished(self.cache, sums.first).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,18 @@ def test_stats_are_computed_once(home: Path, kedit: Kedit) -> None:
     assert stored.stat().st_mtime_ns == before
     kedit("edit", "model", "facts.jsonl", "--session", "s2", "--corpus", "corpus.txt", "--moments", "m", *OPTIONS)
     assert not (home / "s2" / "moments").exists()
+
+
+def test_stats_tell_what_the_sample_is_worth(kedit: Kedit) -> None:
+    args = ["stats", "model", "--corpus", "corpus.txt", "--layers", "1,2", "--moments", "m2"]
+    assert "over 320 tokens" in kedit(*args), "ten times the key width"
+    short = kedit(*args, "--max-tokens", "1e6")
+    assert re.search(r"the corpus has \d+ tokens, of the 1,000,000 asked for", short)
+    assert "relative: unknown, it is too small to tell" in short
+    whole = kedit(*args, "--max-tokens", "inf")
+    assert "asked for" not in whole
+    assert re.findall("over (.*) tokens", whole) == re.findall("over (.*) tokens", short)
+    assert "max_tokens is 2.5" in kedit(*args, "--max-tokens", "2.5", status=1)
 
 
 @pytest.mark.parametrize(
