@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-MIB = 2.0**20
-
 
 def pin(core: int) -> None:
     """Hold this process, and all that it starts from now on, to one core."""
@@ -53,7 +51,7 @@ def forget_peak() -> None:
 
 
 class Clock:
-    """Seconds spent in named parts, which must not overlap.
+    """Seconds spent in named parts; one may hold others.
 
     Args:
         now: the seconds that count; the process's CPU time by default, all threads together.
@@ -72,11 +70,12 @@ class Clock:
         self._ready()
         self.seconds[name] += self._now() - begin
 
-    def take(self) -> dict[str, float]:
-        """The seconds so far, forgotten afterwards."""
+    def take(self, whole: str) -> dict[str, float]:
+        """The seconds so far, forgotten afterwards; those of the part `whole` less all others are given as "other"."""
         taken = dict(self.seconds)
         self.seconds.clear()
-        return taken
+        total = taken.pop(whole)
+        return {**taken, "other": total - sum(taken.values())}
 
 
 def seconds_of(work: Callable[[], Any], repetitions: int = 3) -> float:

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from kedit_jax.editing.moments import Moments, compute_moments
 from kedit_jax.editing.requests import EditRequest
+from kedit_jax.editing.session import EditSession, start_session
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.values import ValueSettings
+from kedit_jax.models import load, model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ and between it and the target. The target is one token in all of them."""
 
 PREFIXES, PREFIX_WORDS = 5, 9  # and a full stop: ten tokens, as published
 N_WORDS = 400
+MOMENT_TOKENS = 4096
 END = "<|endoftext|>"
 
 
@@ -98,9 +102,6 @@ def prepare(folder: Path, shape: Shape, count: int, seed: int) -> None:
     """Write a problem with `count` requests; to be run in a process whose memory is not measured."""
     import torch
 
-    from kedit_jax.editing.moments import compute_moments
-    from kedit_jax.models import load
-
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     words = _words(rng)
@@ -111,7 +112,7 @@ def prepare(folder: Path, shape: Shape, count: int, seed: int) -> None:
     prefixes = [" ".join(rng.choices(words, k=PREFIX_WORDS)) + ". " for _ in range(PREFIXES)]
     requests = [_request(rng, words, number) for number in range(count)]
     model, fast = load(folder / "checkpoint")
-    texts = [" ".join(rng.choices(words, k=128)) for _ in range(32)]
+    texts = [" ".join(rng.choices(words, k=128)) for _ in range(MOMENT_TOKENS // 128)]
     found = compute_moments(model, fast, texts, shape.layers)
     for layer, moment in found.by_layer.items():
         np.save(_moment_file(folder, layer), _regular(moment))
@@ -125,6 +126,15 @@ def read(folder: Path) -> Problem:
     shape = Shape(**{**about["shape"], "layers": tuple(about["shape"]["layers"])})
     requests = tuple(EditRequest(**request) for request in about["requests"])
     return Problem(folder, shape, about["seed"], requests, tuple(about["prefixes"]))
+
+
+def start(problem: Problem) -> EditSession:
+    """The library's session on a problem, before any edit."""
+    model, tokenizer = load(problem.checkpoint)
+    by_layer = {layer: moment.astype(np.float64) for layer, moment in problem.moments().items()}
+    moments = Moments(by_layer, MOMENT_TOKENS, model_fingerprint(model), "generated", str(model.dtype))
+    session = start_session(model, tokenizer, moments, problem.shape.settings())
+    return dataclasses.replace(session, prefixes=problem.prefixes)
 
 
 def _moment_file(folder: Path, layer: int) -> Path:
