@@ -4,14 +4,13 @@ import importlib
 import inspect
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from experiments.benchmarks.measuring import machine, pin
 
@@ -46,7 +45,11 @@ def main(
                 console.print(f"{name}: kept from {path}")
                 continue
             task = progress.add_task(name)
-            found = measured(name, quick, shape, lambda text, task=task, name=name: progress.update(task, description=f"{name}: {text}"))
+
+            def report(text: str, task: TaskID = task, name: str = name) -> None:
+                progress.update(task, description=f"{name}: {text}")
+
+            found = measured(name, quick, shape, report)
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             part(name).plot(found["result"], folder)
             progress.update(task, description=f"{name}: written to {path}")
@@ -59,13 +62,17 @@ def part(name: str) -> Any:
 
 def measured(name: str, quick: bool, shape: str | None, report: Any) -> dict[str, Any]:
     """A part's numbers, and how to get them again."""
-    begin = time.perf_counter()
-    options = {"shape": shape} if shape else {}
     if shape and "shape" not in inspect.signature(part(name).measure).parameters:
         raise typer.BadParameter(f"{name} takes no shape; name `edits`")
-    result = part(name).measure(quick=quick, report=report, **options)
-    command = " ".join(["python -m experiments.benchmarks", name, *(["--quick"] if quick else []), *(["--shape", shape] if shape else [])])
-    return {"command": command, "machine": machine(), "wall_seconds": round(time.perf_counter() - begin, 1), "result": result}
+    begin = time.perf_counter()
+    result = part(name).measure(quick=quick, report=report, **({"shape": shape} if shape else {}))
+    given = [*(["--quick"] if quick else []), *(["--shape", shape] if shape else [])]
+    return {
+        "command": " ".join(["python -m experiments.benchmarks", name, *given]),
+        "machine": machine(),
+        "wall_seconds": round(time.perf_counter() - begin, 1),
+        "result": result,
+    }
 
 
 if __name__ == "__main__":

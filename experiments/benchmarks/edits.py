@@ -31,6 +31,7 @@ from kedit_jax.editing import session as editing_session
 SEED = 0
 SHAPE_NAMES, QUICK_SHAPE_NAMES = ("gpt2-small", "llama-16"), ("tiny-gpt2", "tiny-llama")
 PARTS = ("values", "keys", "solve", "other")
+TITLE = "One edit: published procedure and kedit_jax on the same core"
 TOLERANCE = 1e-4  # of target values and updates, relative
 
 
@@ -85,8 +86,13 @@ def compare(folder: Path, plan: Plan, report: Callable[[str], None]) -> dict[str
             repeats.append(ours("edit", plan.count))
         report(f"{plan.count} requests: published keys and solve")
         layers = {part: seconds / plan.subset for part, seconds in published("write", chosen).items()}
-        agreement, solve_seconds = _agreement(ours, published, chosen, plan)
-        layers["solve"] = solve_seconds / plan.count
+        agreement = _agreement(ours, published, chosen)
+        if plan.subset == plan.count:
+            agreement |= _updates(ours, published)
+        else:
+            solved, seconds = _solves(ours, published)
+            agreement |= solved
+            layers["solve"] = seconds / plan.count
         memories = {"ours": ours("memory"), "published": published("memory")}
         start_seconds = ours("start_seconds")
     theirs = [{**layers, "values": seconds} for seconds in values]
@@ -110,36 +116,42 @@ def compare(folder: Path, plan: Plan, report: Callable[[str], None]) -> dict[str
     }
 
 
-def _agreement(ours: Child, published: Child, chosen: list[int], plan: Plan) -> tuple[dict[str, Any], float]:
-    """How far the results are apart, and the seconds of the published solves of the whole batch.
-
-    Updates are compared whole where the published procedure wrote every request; otherwise those that its solve gives for
-    the library's keys and residuals.
-    """
+def _agreement(ours: Child, published: Child, chosen: list[int]) -> dict[str, Any]:
+    """How far target values, relative, and the losses reached are apart."""
     (z, losses), (their_z, their_losses) = ours("values", chosen), published("values", chosen)
     errors = np.linalg.norm(z - their_z, axis=-1) / np.linalg.norm(their_z, axis=-1)
-    whole = plan.subset == plan.count
-    updates, seconds = {}, 0.0
-    for layer in ours("layers"):
-        written = published("update", layer)
-        solved, taken = published("solved", layer, *ours("constraints", layer))
-        seconds += taken
-        expected = written if whole else solved
-        updates[layer] = float(np.linalg.norm(ours("update", layer) - expected) / np.linalg.norm(expected))
     return {
         "z_median": float(np.median(errors)),
         "z_max": float(errors.max()),
         "losses": {"ours": losses, "published": their_losses},
         "loss_max_difference": float(np.abs(np.subtract(losses, their_losses)).max()),
-        "updates": updates,
-        "updates_of": "the whole procedure" if whole else "the solve, given the library's keys and residuals",
-    }, seconds
+    }
+
+
+def _updates(ours: Child, published: Child) -> dict[str, Any]:
+    """How far the kernels' updates are apart where both wrote the whole batch."""
+    errors = {layer: _relative(ours("update", layer), published("update", layer)) for layer in ours("layers")}
+    return {"updates": errors, "updates_of": "the whole procedure"}
+
+
+def _solves(ours: Child, published: Child) -> tuple[dict[str, Any], float]:
+    """The same for the published solve of the whole batch, given the library's keys and residuals, and its seconds."""
+    errors, seconds = {}, 0.0
+    for layer in ours("layers"):
+        update, taken = published("solved", layer, *ours("constraints", layer))
+        errors[layer] = _relative(ours("update", layer), update)
+        seconds += taken
+    return {"updates": errors, "updates_of": "the solve, given the library's keys and residuals"}, seconds
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def plot(result: Mapping[str, Any], folder: Path) -> None:
     """Seconds a request by part, one pair of bars for every shape and number of requests."""
     cases = [(name, plan) for name, shape in result["shapes"].items() for plan in shape["plans"]]
-    with figure(folder / "edits.png", "One edit: published procedure and kedit_jax on the same core", columns=len(cases)) as axes:
+    with figure(folder / "edits.png", TITLE, columns=len(cases)) as axes:
         for place, (name, plan) in zip(axes, cases, strict=True):
             bars = {who: {part: plan["seconds_a_request"][who][part] for part in PARTS} for who in ("published", "ours")}
             stacked(place, bars)
@@ -172,11 +184,14 @@ class Ours:
         return self._start
 
     def edit(self, count: int, onwards: bool = False) -> dict[str, float]:
-        """Write the next `count` requests into the last edit's session, or the first ones into the fresh one; seconds by part."""
+        """Write requests, the first ones, or those behind the last edit's into its session; seconds by part."""
         session = self._after if onwards else self._session
         begin = len(session.facts)
         with timed_parts(self._clock), self._clock.part("all"):
             self._after, _ = session.edit(self._problem.requests[begin : begin + count])
+        if "compiling" not in self._held:
+            self._held["compiling"] = memory()["peak"]
+            forget_peak()
         return self._clock.take("all")
 
     def values(self, numbers: Sequence[int]) -> tuple[np.ndarray, list[float]]:
@@ -196,7 +211,7 @@ class Ours:
         return np.asarray(held.keys), np.asarray(held.residuals)
 
     def memory(self) -> dict[str, float]:
-        """MiB held before the first edit, now, and at most; on an accelerator the peak of its own memory beside them."""
+        """MiB held before the first edit, at most during it, now, and at most since; on an accelerator the peak of its own memory beside them."""
         found = jax.devices()[0].memory_stats() or {}
         device = {"device_peak": found["peak_bytes_in_use"] / 2**20} if "peak_bytes_in_use" in found else {}
         return {**self._held, **memory(), **device}

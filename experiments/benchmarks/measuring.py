@@ -26,12 +26,14 @@ def pin(core: int) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "torch", "transformers", "numpy", "scipy")}
-    cores = sorted(os.sched_getaffinity(0))
-    return {"processor": model, "cores": len(cores), "python": platform.python_version(), "versions": versions}
+    named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    packages = ("jax", "jaxlib", "torch", "transformers", "numpy", "scipy")
+    return {
+        "processor": named[0] if named else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _lines(path: str) -> list[str]:

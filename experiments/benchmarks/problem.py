@@ -1,7 +1,7 @@
 """What is edited: random models of known shapes, generated requests with CounterFact's lengths, second moments.
 
-Everything is made from a seed and stored in a folder, from which both procedures read the same: a Hugging Face checkpoint with
-a tokenizer, moments, requests and prefixes. Weights are random, so an edit is as costly as a real one and means nothing.
+Everything is made from a seed and stored in a folder, from which both procedures read the same: a Hugging Face checkpoint
+with a tokenizer, moments, requests and prefixes. Weights are random: an edit costs what a real one does and means nothing.
 """
 
 import dataclasses
@@ -70,8 +70,8 @@ LENGTHS: Mapping[str, tuple[int, ...]] = {
     "subject": (0, 203, 1290, 2583, 2457, 1642, 920, 446, 213, 116, 58, 36, 14, 9, 7, 4, 1, 0, 1),
     "after": (0, 1558, 1826, 3152, 1491, 1538, 364, 71),
 }
-"""How many of 10,000 CounterFact records (arXiv 2202.05262) have 0, 1, 2 ... tokens of GPT-2's tokenizer before the subject, in it,
-and between it and the target. The target is one token in all of them."""
+"""How many of 10,000 CounterFact records (arXiv 2202.05262) have 0, 1, 2 ... tokens, as GPT-2's tokenizer cuts them, before the
+subject, in it, and between it and the target. The target is one token in all of them."""
 
 PREFIXES, PREFIX_WORDS = 5, 9  # and a full stop: ten tokens, as published
 N_WORDS = 400
@@ -116,7 +116,12 @@ def prepare(folder: Path, shape: Shape, count: int, seed: int) -> None:
     found = compute_moments(model, fast, texts, shape.layers)
     for layer, moment in found.by_layer.items():
         np.save(_moment_file(folder, layer), _regular(moment))
-    about = {"shape": dataclasses.asdict(shape), "seed": seed, "prefixes": prefixes, "requests": [r.to_dict() for r in requests]}
+    about = {
+        "shape": dataclasses.asdict(shape),
+        "seed": seed,
+        "prefixes": prefixes,
+        "requests": [r.to_dict() for r in requests],
+    }
     (folder / "problem.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 

@@ -179,7 +179,7 @@ class Published:
 
     @torch.no_grad()
     def _keys(self, requests: Sequence[EditRequest], layer: int) -> torch.Tensor:
-        """[R, k] inputs of a layer's down projection; the bare prompt counts one half, the prefixed ones together the other."""
+        """[R, k] inputs of a layer's down projection; the bare prompt counts one half, the prefixed ones the other."""
         passages = [passage for request in requests for passage in self._passages(request)]
         found = self._read(passages, self._down(layer).register_forward_pre_hook)
         found = found.reshape(len(requests), -1, found.shape[-1])

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,7 +43,7 @@ class World:
 
     @property
     def batches(self) -> list[list[EditRequest]]:
-        """The second gives the first's facts each other's targets: its tokens have the same layout, and its keys a history."""
+        """The second gives the first's facts each other's targets: the same layout, and keys with a history."""
         first = self.problem.requests
         targets = [request.target for request in first]
         moved = zip(first, [*targets[1:], targets[0]], strict=True)
