@@ -211,7 +211,7 @@ class Ours:
         return np.asarray(held.keys), np.asarray(held.residuals)
 
     def memory(self) -> dict[str, float]:
-        """MiB held before the first edit, at most during it, now, and at most since; on an accelerator the peak of its own memory beside them."""
+        """MiB held before the first edit, at most during it, now, and at most since; the peak of an accelerator's memory."""
         found = jax.devices()[0].memory_stats() or {}
         device = {"device_peak": found["peak_bytes_in_use"] / 2**20} if "peak_bytes_in_use" in found else {}
         return {**self._held, **memory(), **device}

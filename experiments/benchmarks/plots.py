@@ -47,3 +47,13 @@ def lines(axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]], 
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
+
+
+def bars(axes: Any, shares: Mapping[str, float], *, title: str) -> None:
+    """A lying bar for each share, the first on top."""
+    names = list(shares)[::-1]
+    drawn = axes.barh(names, [100 * shares[name] for name in names], color=COLOURS["values"])
+    axes.bar_label(drawn, fmt="%.1f", fontsize="small")
+    axes.set_title(title)
+    axes.set_xlabel("% of the time")
+    axes.margins(x=0.15)

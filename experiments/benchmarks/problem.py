@@ -70,8 +70,8 @@ LENGTHS: Mapping[str, tuple[int, ...]] = {
     "subject": (0, 203, 1290, 2583, 2457, 1642, 920, 446, 213, 116, 58, 36, 14, 9, 7, 4, 1, 0, 1),
     "after": (0, 1558, 1826, 3152, 1491, 1538, 364, 71),
 }
-"""How many of 10,000 CounterFact records (arXiv 2202.05262) have 0, 1, 2 ... tokens, as GPT-2's tokenizer cuts them, before the
-subject, in it, and between it and the target. The target is one token in all of them."""
+"""How many of 10,000 CounterFact records (arXiv 2202.05262) have 0, 1, 2 ... tokens, as GPT-2's tokenizer cuts them, before
+the subject, in it, and between it and the target. The target is one token in all of them."""
 
 PREFIXES, PREFIX_WORDS = 5, 9  # and a full stop: ten tokens, as published
 N_WORDS = 400
