@@ -143,7 +143,7 @@ def sources(text: str) -> dict[str, Source]:
 
 def _last(opcode: str, name: str) -> str:
     """What an operation ends with; a fusion's name lists its first and last ones."""
-    return name.removesuffix("_fusion").rsplit("_", 1)[-1] if opcode == "fusion" else opcode
+    return re.sub(r"_fusion(\.\d+)?$", "", name).rsplit("_", 1)[-1] if opcode == "fusion" else opcode
 
 
 def _table(text: str, title: str) -> dict[str, str]:

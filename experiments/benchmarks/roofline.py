@@ -190,7 +190,9 @@ def _in_order(tokens: _Tokens, count: int) -> list[tuple[int, int]]:
 
 
 def keys_work(shape: Shape, tokens: _Tokens, count: int) -> Work:
-    """Distinct tokens up to the subject's last through the blocks up to the top edited one, and bare prompts from each edited layer to the top, for the current values."""
+    """Distinct tokens up to the subject's last through the blocks up to the top edited one; for the current values, bare
+    prompts from each edited layer to the top.
+    """
     top, block = shape.layers[-1], block_flops(shape)
     bare = [tokens.contexts[r][0] for r in range(count)]
     rows = [e.tokens[: e.subject_last + 1] for r in range(count) for e in tokens.contexts[r]]

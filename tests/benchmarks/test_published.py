@@ -61,7 +61,7 @@ class World:
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.family)
-def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(request: Any, quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp(request.param.name)
     problem.prepare(folder, request.param, 3, seed=1)
     found = problem.read(folder)
