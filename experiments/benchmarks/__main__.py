@@ -35,6 +35,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {', '.join(PARTS)}")
     pin(core)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two processes share an accelerator
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the only bar is the one below
     folder = out or FOLDER / ("results-quick" if quick else "results")
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()

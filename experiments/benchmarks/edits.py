@@ -249,7 +249,7 @@ class AsPublished:
         accelerated = torch.cuda.is_available()
         device = "cuda" if accelerated else "cpu"
         clock = Clock(time.perf_counter, torch.cuda.synchronize) if accelerated else Clock()
-        model = transformers.AutoModelForCausalLM.from_pretrained(problem.checkpoint, dtype="auto").to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(problem.checkpoint, dtype=problem.shape.dtype).to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(problem.checkpoint)
         moments = {layer: torch.as_tensor(moment, device=device) for layer, moment in problem.moments().items()}
         settings = problem.shape.settings()

@@ -28,7 +28,7 @@ class Shape:
 
     Attributes:
         std: of the weights, larger than before training: a fifth of that tells prompts hardly apart.
-        dtype: of the stored weights.
+        dtype: of the weights while they are edited; the checkpoint of a float64 model is float32.
     """
 
     name: str
@@ -108,7 +108,8 @@ def prepare(folder: Path, shape: Shape, count: int, seed: int) -> None:
     tokenizer = _tokenizer(words)
     tokenizer.save_pretrained(folder / "checkpoint")
     torch.manual_seed(seed)
-    _torch_model(shape).to(getattr(torch, shape.dtype)).save_pretrained(folder / "checkpoint")
+    stored = torch.float32 if shape.dtype == "float64" else getattr(torch, shape.dtype)
+    _torch_model(shape).to(stored).save_pretrained(folder / "checkpoint")
     prefixes = [" ".join(rng.choices(words, k=PREFIX_WORDS)) + ". " for _ in range(PREFIXES)]
     requests = [_request(rng, words, number) for number in range(count)]
     model, fast = load(folder / "checkpoint")
@@ -135,7 +136,7 @@ def read(folder: Path) -> Problem:
 
 def start(problem: Problem) -> EditSession:
     """The library's session on a problem, before any edit."""
-    model, tokenizer = load(problem.checkpoint)
+    model, tokenizer = load(problem.checkpoint, dtype=problem.shape.dtype)
     by_layer = {layer: moment.astype(np.float64) for layer, moment in problem.moments().items()}
     moments = Moments(by_layer, MOMENT_TOKENS, model_fingerprint(model), "generated", str(model.dtype))
     session = start_session(model, tokenizer, moments, problem.shape.settings())

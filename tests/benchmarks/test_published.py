@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -13,15 +13,9 @@ import transformers
 
 from experiments.benchmarks import problem
 from experiments.benchmarks.published import Published
-from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.session import EditSession, start_session
-from kedit_jax.models import load, model_fingerprint
+from kedit_jax.editing.session import EditSession
 
-SHAPES = [
-    dataclasses.replace(problem.SHAPES["tiny-gpt2"], n_layers=3, d_model=16, d_ff=40, steps=5, layers=(0, 1)),
-    dataclasses.replace(problem.SHAPES["tiny-llama"], n_layers=3, d_model=16, d_ff=36, steps=5, layers=(0, 1)),
-]
 TOLERANCE = {"gpt2": 1e-8, "llama": 1e-6}  # transformers' RMS norm and rotary angles are float32 in any model
 
 
@@ -60,20 +54,13 @@ class World:
         return np.asarray(after - before)
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.family)
-def world(request: Any, quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp(request.param.name)
-    problem.prepare(folder, request.param, 3, seed=1)
-    found = problem.read(folder)
-    with jax.enable_x64(True):
-        model, tokenizer = load(found.checkpoint, dtype=np.float64)
-        by_layer = {layer: moment.astype(np.float64) for layer, moment in found.moments().items()}
-        moments = Moments(by_layer, 1, model_fingerprint(model), "", str(model.dtype))
-        start = start_session(model, tokenizer, moments, found.shape.settings())
-        world = World(found, [dataclasses.replace(start, prefixes=found.prefixes)])
-        for batch in world.batches:
-            world.sessions.append(world.sessions[-1].edit(batch)[0])
-        yield world
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def world(request: Any, quick_compilation: None, folder_of: Callable[[str], Path]) -> World:
+    found = problem.read(folder_of(request.param))
+    world = World(found, [problem.start(found)])
+    for batch in world.batches:
+        world.sessions.append(world.sessions[-1].edit(batch)[0])
+    return world
 
 
 def relative(found: Any, expected: Any) -> float:
