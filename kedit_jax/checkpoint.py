@@ -73,12 +73,15 @@ def save_session(session: EditSession, folder: str | Path, *, overwrite: bool = 
     return target
 
 
-def load_session(folder: str | Path, model: Decoder, tokenizer: Any, moments: Moments) -> EditSession:
+def load_session(
+    folder: str | Path, model: Decoder, tokenizer: Any, moments: Moments, *, priors: str | Path | None = None
+) -> EditSession:
     """The newest complete session of a folder, ready to continue as if it had never been stored.
 
     Args:
         model: the ORIGINAL model, as it was before any edit.
         moments: of the same model and corpus as when the session was started.
+        priors: folder of factored moments, as for `start_session`.
 
     Raises:
         SessionError: no session there, one of a newer format, or another model, dtype, layer or corpus than it was made
@@ -115,6 +118,7 @@ def load_session(folder: str | Path, model: Decoder, tokenizer: Any, moments: Mo
         settings,
         prefixes=tuple(manifest["prefixes"]),
         layers=layers,
+        priors=priors,
         facts=_facts(manifest, "facts"),
         batches=tuple(manifest["batches"]),
         events=read_events(manifest),

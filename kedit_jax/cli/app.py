@@ -145,7 +145,7 @@ def edit(
                 f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
             )
         found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
-        current = start_session(decoder, tokenizer, found, chosen)
+        current = start_session(decoder, tokenizer, found, chosen, priors=folder)
     new = _not_yet_written(current, wanted)
     if dry_run:
         _show_plan(current, new, conflicts, similarity)

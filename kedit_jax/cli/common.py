@@ -87,4 +87,4 @@ def open_session(session: Path, model: Decoder, tokenizer: Any, moments: Path | 
     path = moments_path(folder, read_manifest(session)["moments"])
     if not path.exists():
         raise KeditError(f"the session's moments are not in {str(folder)!r}; give the folder they are in with --moments")
-    return load_session(session, model, tokenizer, read_moments(path))
+    return load_session(session, model, tokenizer, read_moments(path), priors=folder)

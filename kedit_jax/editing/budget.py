@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from kedit_jax import solve
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Keep, ModelConfig, abstract_decoder
-from kedit_jax.solve.interface import FIRST_CAPACITY
+from kedit_jax.solve import host
 
 WIDE = 8  # bytes of a float64
 GIB = 2**30
@@ -51,26 +50,14 @@ def memory_items(
     return [
         Item("model", "device", parameters * itemsize),
         Item("edited kernels, all layers stacked", "device", config.n_layers * n * v * itemsize),
-        Item(
-            "value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize), False
-        ),
+        Item("value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize), False),
         Item("second moments", "host", layers * n * n * WIDE),
         Item("factors of the priors", "host", layers * n * n * WIDE),
-        Item("solver's states", "host", layers * state_size(n, v, facts)),
+        Item("solver's states", "host", layers * host.state_size(n, v, facts)),
         Item("recorded keys and targets", "host", layers * facts * (4 * n + WIDE * (v + 1))),
         Item("updates", "host", layers * n * v * WIDE),
-        Item("a step's workspace, one layer", "host", 3 * n * v * WIDE + batch * (2 * n + v) * WIDE),
+        Item("a step's workspace, one layer", "host", host.workspace(n, n, v, facts, batch) + n * v * (WIDE + itemsize)),
     ]
-
-
-def state_size(n: int, v: int, facts: int) -> int:
-    """Bytes of one layer's solver state after so many facts, as `solve.sequential` keeps it under a prior of full rank n."""
-    if facts > solve.CROSSOVER * n:
-        return (n * n + n * v) * WIDE
-    capacity = FIRST_CAPACITY
-    while capacity < facts:
-        capacity = min(2 * capacity, max(facts, math.ceil(solve.CROSSOVER * n)))
-    return (capacity * n + capacity * capacity + 2 * capacity * v + capacity) * WIDE + 4
 
 
 def total(items: Sequence[Item], place: str | None = None) -> int:

@@ -1,7 +1,7 @@
 """Keys and current values at the subject's last token, layer by layer as the layers below are being edited.
 
-One pass over a batch's contexts: it stops at each edited layer before the down projection, whose input are the keys, and goes
-on from there once the kernel is written. Tokens with the same beginning are computed once (see `kedit_jax.editing.packed`).
+One pass over a batch's contexts: it stops at each edited layer before the down projection, whose input are the keys, and
+goes on from there once the kernel is written. Common beginnings are computed once (see `kedit_jax.editing.packed`).
 """
 
 from functools import partial
@@ -74,7 +74,7 @@ def read(model: Decoder, stream: Stream, at: int, layer: int, top: int, n_contex
     h, _ = model.run_layers(h, begin, layer, mask=stream.mask, **seen)
     ends = jnp.asarray(stream.rows.slots)[:, -1]
     if layer == top:
-        last = {"mask": stream.mask[:, -1:], "at": ends[None], "queries": single_tokens(len(ends))}
+        last: dict[str, Any] = {"mask": stream.mask[:, -1:], "at": ends[None], "queries": single_tokens(len(ends))}
         h, keys = model.before_down(h, layer, **seen, **last)
         found = keys[0]
         present = model.after_down(h[:, ::n_contexts], keys[:, ::n_contexts], layer)[0]
@@ -102,7 +102,7 @@ def _top(
     h = model.after_down(h[:, places], keys[:, places], layer)
     h, _ = model.run_layers(h, layer + 1, top, mask=mask, **seen)
     at = jnp.asarray(rows.slots)[None, :, -1]
-    last = {"mask": mask[:, -1:], "at": at, "queries": single_tokens(at.shape[1])}
+    last: dict[str, Any] = {"mask": mask[:, -1:], "at": at, "queries": single_tokens(at.shape[1])}
     return model.after_down(*model.before_down(h, top, **seen, **last), top)[0]
 
 

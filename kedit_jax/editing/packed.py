@@ -5,7 +5,6 @@ Sizes are rounded up to a few steps an octave, so that the batches of a long run
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -64,7 +63,7 @@ def pack_rows(
     is_kl = np.arange(len(tokens)) % (n_contexts + 1) == n_contexts
     prompts = nodes[~is_kl, : n_prefix + 1], valid[~is_kl, : n_prefix + 1]
     contexts = _shared(*prompts)
-    places = _own_places(*prompts, contexts.places)
+    places = _own_places(*prompts, np.asarray(contexts.places))
     scored = scored.copy()
     scored[is_kl, 0] = True
     return Packed(

@@ -9,6 +9,7 @@ is `kedit_jax.editing.history`; whole sessions are merged, undone and compacted 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kedit_jax import solve
-from kedit_jax.delta import Dense, EditDelta, Update, read_kernels, relative_error, write_kernels
+from kedit_jax.delta import Dense, EditDelta, Update, add_on_host, host_kernel, relative_error, write_kernels
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
 from kedit_jax.editing.budget import micro_batches, what_to_keep
@@ -222,9 +223,7 @@ class EditSession:
 
     def site(self, layer: int) -> Site:
         """What an edited layer is edited with."""
-        address = down_kernel_address(layer)
-        kernel = np.asarray(read_kernels(self.base, [address])[address], np.float64)
-        editor = self.editors[layer]
+        kernel, editor = host_kernel(self.base, down_kernel_address(layer)), self.editors[layer]
         return Site(editor.prior, float(editor.noise), kernel, self.settings.procedure())
 
     def _written(
@@ -351,8 +350,8 @@ class EditSession:
         settings, config = self.settings, self.base.config
         for layout in layouts:
             keep = what_to_keep(config, settings, layout, itemsize=self.base.dtype.itemsize)
-            values = optimise_values(self.model, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype)
-            parts.append(jax.device_get(values))
+            found = optimise_values(self.model, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype)
+            parts.append(jax.device_get(found))
             done = min(done + layout.n_requests, len(requests))
             if progress is not None:
                 progress("target values", done, len(requests))
@@ -420,10 +419,13 @@ class EditSession:
             )
 
     def _apply(self, model: Decoder, layer: int, held: LayerHistory) -> Decoder:
-        """`model` with this layer's kernel at original + total update: one rounding, however many steps."""
+        """`model` with this layer's kernel at original + total update: one rounding, however many steps.
+
+        A model that is neither the session's nor its base is given up, as a step's are before its last layer.
+        """
         address = down_kernel_address(layer)
-        original = np.asarray(read_kernels(self.base, [address])[address], np.float64)
-        return write_kernels(model, {address: original + held.update})
+        kernel = add_on_host(host_kernel(self.base, address), held.update)
+        return write_kernels(model, {address: kernel}, donate=model is not self.model and model is not self.base)
 
 
 @dataclass(frozen=True)
@@ -453,7 +455,9 @@ def check_editable(config: ModelConfig) -> None:
         )
 
 
-def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: EditSettings) -> EditSession:
+def start_session(
+    model: Decoder, tokenizer: Any, moments: Moments, settings: EditSettings, *, priors: str | Path | None = None
+) -> EditSession:
     """A session without any edit.
 
     Args:
@@ -461,6 +465,7 @@ def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: Ed
         tokenizer: its fast tokenizer.
         moments: from `compute_moments` on this very model, at least for `settings.layers`.
         settings: the editor and all its numbers.
+        priors: folder in which factored moments are looked for, and kept; None factors them anew.
 
     Raises:
         SessionError: moments of another model, or without a layer that is to be edited; a model whose down projections do
@@ -475,7 +480,7 @@ def start_session(model: Decoder, tokenizer: Any, moments: Moments, settings: Ed
             f"the moments are of model {moments.model[:12]}, not of this one ({found[:12]}); compute them anew"
         )
     prefixes = sample_prefixes(model, tokenizer, count=settings.prefixes, length=settings.prefix_tokens, seed=settings.seed)
-    return _empty_session(model, tokenizer, moments, settings, prefixes)
+    return _empty_session(model, tokenizer, moments, settings, prefixes, priors)
 
 
 def restore_session(
@@ -486,14 +491,16 @@ def restore_session(
     *,
     prefixes: tuple[str, ...],
     layers: Mapping[int, StoredLayer],
+    priors: str | Path | None = None,
     **parts: Any,
 ) -> EditSession:
     """The session that these parts, as a checkpoint keeps them, were taken from. The solver's states are built anew.
 
     Args:
+        priors: as for `start_session`.
         parts: the fields of `EditSession` from `facts` to `compacted`.
     """
-    session = dataclasses.replace(_empty_session(model, tokenizer, moments, settings, prefixes), **parts)
+    session = dataclasses.replace(_empty_session(model, tokenizer, moments, settings, prefixes, priors), **parts)
     held = dict(session.layers)
     with solve.float64():
         for layer, stored in layers.items():
@@ -504,13 +511,18 @@ def restore_session(
 
 
 def _empty_session(
-    model: Decoder, tokenizer: Any, moments: Moments, settings: EditSettings, prefixes: tuple[str, ...]
+    model: Decoder,
+    tokenizer: Any,
+    moments: Moments,
+    settings: EditSettings,
+    prefixes: tuple[str, ...],
+    priors: str | Path | None,
 ) -> EditSession:
     missing = [layer for layer in settings.layers if layer not in moments.by_layer]
     if missing:
         raise SessionError(f"no moments for layers {missing}, only for {sorted(moments.by_layer)}; compute them first")
     with solve.float64():
-        editors = {layer: settings.build(moments.by_layer[layer]) for layer in settings.layers}
+        editors = {layer: settings.build(moments.by_layer[layer], priors) for layer in settings.layers}
         session = EditSession(model, model, tokenizer, settings, prefixes, moments, editors, {})
         layers = {layer: histories.empty_history(session.site(layer)) for layer in settings.layers}
     return dataclasses.replace(session, layers=layers)

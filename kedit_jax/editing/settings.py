@@ -4,6 +4,7 @@ import dataclasses
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, cast, get_args
 
@@ -88,9 +89,16 @@ class EditSettings:
         """What is done about conflicts."""
         return self.conflicts or ("latest" if self.history == "aligned" else "keep")
 
-    def build(self, moment: Float[np.ndarray, "k k"]) -> solve.Editor:
-        """The editor for a layer whose keys have this second moment, with the noise of its constraints."""
-        editor = solve.EDITORS[self.editor](moment, **{name: getattr(self, own) for name, own in USES[self.editor].items()})
+    def build(self, moment: Float[np.ndarray, "k k"], priors: str | Path | None = None) -> solve.Editor:
+        """The editor for a layer whose keys have this second moment, with the noise of its constraints.
+
+        `priors` is a folder in which the factored moment is looked for, and kept (see `kedit_jax.solve.cache`).
+        """
+        numbers = {name: getattr(self, own) for name, own in USES[self.editor].items()}
+        if priors is None:
+            editor = solve.EDITORS[self.editor](moment, **numbers)
+        else:
+            editor = solve.cached_editor(priors, self.editor, moment, **numbers)
         return editor if self.noise is None else dataclasses.replace(editor, noise=self.noise)
 
     def procedure(self) -> "Procedure":
@@ -104,8 +112,8 @@ class EditSettings:
             f"{what} {name!r} is unknown; there are {', '.join(known)}" for what, name, known in named if name not in known
         ]
         if self.compute_dtype not in COMPUTE_DTYPES:
-            named = ", ".join(name for name in COMPUTE_DTYPES if name)
-            problems.append(f"compute_dtype {self.compute_dtype!r} is none; there are {named}, or None for the model's own")
+            there = ", ".join(name for name in COMPUTE_DTYPES if name)
+            problems.append(f"compute_dtype {self.compute_dtype!r} is none; there are {there}, or None for the model's own")
         if self.conflicts is not None and self.conflicts not in POLICIES:
             problems.append(f"conflicts {self.conflicts!r} is no policy; there are {', '.join(POLICIES)}")
         elif self.conflicts in ("latest", "merge") and self.history != "aligned":

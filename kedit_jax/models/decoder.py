@@ -188,9 +188,7 @@ class Decoder(nnx.Module):
         rest, key, _ = self._block(layer).before_down(h, view=view, past=kv, at=at)
         return rest, key
 
-    def after_down(
-        self, rest: Float[Array, "B T d"], key: Float[Array, "B T d_ff"], layer: int
-    ) -> Float[Array, "B T d"]:
+    def after_down(self, rest: Float[Array, "B T d"], key: Float[Array, "B T d_ff"], layer: int) -> Float[Array, "B T d"]:
         """The residual stream after a layer that `before_down` began."""
         return self._block(layer).after_down(rest, key)
 
@@ -242,9 +240,7 @@ class Decoder(nnx.Module):
         local = self.config.local
         return (False,) * (stop - start) if local is None else local.layers[start:stop]
 
-    def _views(
-        self, attended: _Attended, kinds: tuple[bool, ...], at: Int[Array, "B A"] | None = None
-    ) -> tuple[View, View]:
+    def _views(self, attended: _Attended, kinds: tuple[bool, ...], at: Int[Array, "B A"] | None = None) -> tuple[View, View]:
         """What layers without and with a sliding window see, made once for all of them."""
         positions, mask, past, packing, queries = attended
         config, local = self.config, self.config.local

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models.decoder import Decoder, causal_mask, positions_of
-from kedit_jax.models.layers import KV
+from kedit_jax.models.layers import KV, Past
 
 
 def generate(
@@ -137,7 +137,7 @@ class _State(NamedTuple):
     told: Int[Array, "B n_new"]
 
 
-def _prefill_prompts(model: Decoder, tokens: Array, valid: Array) -> tuple[Array, KV]:
+def _prefill_prompts(model: Decoder, tokens: Array, valid: Array) -> tuple[Array, Past]:
     """Logits after the last valid token of each prompt, and the keys and values of all."""
     positions = positions_of(valid)
     h = model.embed(jnp.where(valid, tokens, 0), positions)  # a padding id may lie outside the vocabulary

@@ -22,7 +22,7 @@ class Packing:
     """Where the tokens of B rows of T columns stand among N packed ones.
 
     Attributes:
-        slots: the packed place of each column's token; at padding some token of the same row, so that a NaN stays in its row.
+        slots: the packed place of each column's token; at padding some token of the same row, so that a NaN stays there.
         homes: row * T + column of each packed token, in one of the rows that have it; B * T for places that are not used.
         used: False at padding.
         shared: whether several columns may be one packed token, as common beginnings of rows are. Such gathers are
@@ -69,6 +69,26 @@ def _to_masked_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> A
     return jnp.where(real, _to_rows(tokens, slots, homes, used), 0)
 
 
+Places = tuple[Array, Array, Array]
+Slopes = tuple[Array, None, None, None]
+
+
+def _keep_places(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _to_rows(x, *places), places
+
+
+def _keep_places_packed(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _to_tokens(x, *places), places
+
+
+def _slope_of_tokens(places: Places, slope: Array) -> Slopes:
+    return _to_tokens(slope, *places), None, None, None
+
+
+def _slope_of_rows(places: Places, slope: Array) -> Slopes:
+    return _to_masked_rows(slope, *places), None, None, None
+
+
 _unpack, _pack = jax.custom_vjp(_to_rows), jax.custom_vjp(_to_tokens)
-_unpack.defvjp(lambda x, *places: (_to_rows(x, *places), places), lambda p, slope: (_to_tokens(slope, *p), None, None, None))
-_pack.defvjp(lambda x, *places: (_to_tokens(x, *places), places), lambda p, slope: (_to_masked_rows(slope, *p), None, None, None))
+_unpack.defvjp(_keep_places, _slope_of_tokens)
+_pack.defvjp(_keep_places_packed, _slope_of_rows)
