@@ -230,7 +230,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for part, owner, name in (
-            ("values", editing_session, "optimise_values"),
+            ("values", editing_session, "optimise_in_rounds"),
             ("keys", editing_keys, "enter"),
             ("keys", editing_keys, "read"),
             ("solve", editing_session, "_extended"),
