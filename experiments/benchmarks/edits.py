@@ -51,7 +51,7 @@ class Plan:
     pairs: int
 
 
-PLANS = (Plan(20, 20, 5), Plan(100, 10, 5))
+PLANS = (Plan(20, 20, 4), Plan(100, 6, 3))
 QUICK_PLANS = (Plan(3, 3, 2), Plan(4, 2, 2))
 
 
