@@ -10,6 +10,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kedit_jax.editing.requests import EditRequest
+from kedit_jax.editing.tokens import Encoded
 from kedit_jax.models import Decoder, ModelConfig, named_parameters, with_parameters
 
 PEOPLE = ("Alice Smith", "Bob Jones", "Carol White", "Dan Brown")
@@ -52,6 +53,26 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(texts, trainer)
+    return made
+
+
+def many_requests(count: int, vocabulary: int = 5000) -> list[list[Encoded]]:
+    """Prompts of 4 to 15 tokens, most of them with targets of one token, and five prefixes that all share; random tokens."""
+    rng = np.random.default_rng(0)
+    prefixes = [(), *(tuple(rng.integers(0, vocabulary, 10).tolist()) for _ in range(5))]
+
+    def some(*lengths: int) -> tuple[int, ...]:
+        return tuple(rng.integers(0, vocabulary, rng.choice(lengths)).tolist())
+
+    made = []
+    for _ in range(count):
+        subject, before, after, target = some(1, 2, 3, 4, 5), some(0, 1, 2, 4), some(3, 4, 5, 6), some(*[1] * 9, 2)
+        prompt = before + subject + after
+        rows = [
+            Encoded(prefix + prompt + target, len(prefix + prompt), len(prefix + before + subject) - 1)
+            for prefix in prefixes
+        ]
+        made.append([*rows, Encoded(subject, len(subject), len(subject) - 1)])
     return made
 
 

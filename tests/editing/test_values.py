@@ -112,6 +112,18 @@ def test_each_request_comes_out_the_same_in_any_row(case: Case) -> None:
         assert largest_error(values.z[:3], [case.plain[i].z for i in order]) < 1e-10
 
 
+def test_each_request_comes_out_the_same_in_any_company(case: Case) -> None:
+    """Others in its stead, of the same lengths, so that no program is compiled: a request sees nothing of them."""
+    others = [("{} was born in", "Carol White", "old Oslo and Lima"), ("In {}, people speak", "Rome", "violin")]
+    compiled = optimise._cache_size()
+    for kept in range(2):
+        requests = [r if i == kept else EditRequest(*others[i]) if i < 2 else r for i, r in enumerate(REQUESTS)]
+        values = case.again(layout=lay_out(case.tokenizer, requests, PREFIXES, max_positions=64, size=4))
+        assert largest_error(values.z[kept : kept + 1], case.values.z[kept : kept + 1]) < 1e-12
+        assert largest_error(values.z[1 - kept : 2 - kept], case.values.z[1 - kept : 2 - kept]) > 1e-3
+    assert optimise._cache_size() == compiled
+
+
 @pytest.mark.parametrize("changes", [{"kl_factor": 0.0}, {"decay": 0.0}, {"learning_rate": 0.1}], ids=str)
 def test_negative_control_each_term_matters(case: Case, changes: dict[str, float]) -> None:
     assert largest_error(case.again(**changes).z, case.values.z) > 1e-3
