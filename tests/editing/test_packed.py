@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from kedit_jax.editing import keys as reading
 from kedit_jax.editing import packed as packing_module
 from kedit_jax.editing import tokens as token_module
+from kedit_jax.editing import values as value_module
 from kedit_jax.editing.packed import Packed, pack_rows, room
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession
 from kedit_jax.editing.tokens import Layout, align, lay_out
-from kedit_jax.editing.values import optimise_values
 from kedit_jax.models import Decoder, Packing
 
 # --- against a naive reading ----------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_a_long_run_needs_a_handful_of_programs(monkeypatch: pytest.MonkeyPatch)
 def test_batches_of_one_shape_share_their_programs(
     fresh: EditSession, history: list[EditSession], batches: list[list[EditRequest]]
 ) -> None:
-    programs = (optimise_values, reading.enter, reading.read)
+    programs = (value_module._advanced, reading.enter, reading.read)
     fresh.edit(batches[0])
     compiled = [program._cache_size() for program in programs]
     history[1].edit(batches[2])
