@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from kedit_jax import solve
 from kedit_jax.editing.history import Compacted
 from kedit_jax.editing.moments import Moments
+from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, Event, StoredLayer, restore_session
 from kedit_jax.editing.settings import EditSettings
@@ -121,6 +122,7 @@ def load_session(
         priors=priors,
         facts=_facts(manifest, "facts"),
         batches=tuple(manifest["batches"]),
+        sizes=None if manifest.get("sizes") is None else Sizes(**manifest["sizes"]),
         events=read_events(manifest),
         retired=_facts(manifest, "retired"),
         skipped=_facts(manifest, "skipped"),
@@ -272,6 +274,7 @@ def _manifest(session: EditSession) -> dict[str, Any]:
         "prefixes": list(session.prefixes),
         "facts": [fact.to_dict() for fact in session.facts],
         "batches": list(session.batches),
+        "sizes": None if session.sizes is None else session.sizes._asdict(),
         "events": [dataclasses.asdict(event) for event in session.events],
         "retired": [fact.to_dict() for fact in session.retired],
         "skipped": [fact.to_dict() for fact in session.skipped],

@@ -51,7 +51,7 @@ class Plan:
     pairs: int
 
 
-PLANS = (Plan(20, 20, 5), Plan(100, 10, 5))
+PLANS = (Plan(20, 20, 4), Plan(100, 6, 3))
 QUICK_PLANS = (Plan(3, 3, 2), Plan(4, 2, 2))
 
 
@@ -230,7 +230,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         for part, owner, name in (
-            ("values", editing_session, "optimise_values"),
+            ("values", editing_session, "optimise_in_rounds"),
             ("keys", editing_keys, "enter"),
             ("keys", editing_keys, "read"),
             ("solve", editing_session, "_extended"),

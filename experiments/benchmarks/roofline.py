@@ -19,7 +19,7 @@ from experiments.benchmarks.edits import PARTS, QUICK_SHAPE_NAMES, SHAPE_NAMES, 
 from experiments.benchmarks.measuring import Child, medians, seconds_of
 from experiments.benchmarks.plots import figure, stacked
 from experiments.benchmarks.problem import SHAPES, Problem, Shape, read
-from kedit_jax.editing import session as editing_session
+from kedit_jax.editing import values as editing_values
 from kedit_jax.editing.tokens import KL_PROMPT, Encoded, Passage, encode
 
 SEED = 2
@@ -108,13 +108,13 @@ class Counted(Ours):
     def compiled_flops(self, count: int) -> dict[str, float] | None:
         """What XLA counts in the program of the target values, a loop's body once; None where it is not one program."""
         calls: list[tuple[Any, Any]] = []
-        program = editing_session.optimise_values
+        program = editing_values._advanced
 
         def spy(*args: Any, **options: Any) -> Any:
             calls.append((args, options))
             return program(*args, **options)
 
-        with mock.patch.object(editing_session, "optimise_values", spy):
+        with mock.patch.object(editing_values, "_advanced", spy):
             self.edit(count)
         if not hasattr(program, "lower"):
             return None

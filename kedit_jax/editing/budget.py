@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Keep, ModelConfig, abstract_decoder
@@ -18,6 +18,8 @@ WIDE = 8  # bytes of a float64
 GIB = 2**30
 PROMPT, SUFFIX = 24, 8
 """Tokens up to the subject's last one, and behind it, that value optimisation is estimated for."""
+LOOSE = 1.5
+"""Arrays so many times larger than needed are not used once more, though a program costs seconds to compile."""
 FEW = 8
 """With more requests at once than these, keeping what was computed is worth more than further requests."""
 
@@ -72,17 +74,28 @@ def _values(config: ModelConfig, settings: EditSettings, batch: int, itemsize: i
 
 
 def micro_batches(
-    config: ModelConfig, settings: EditSettings, requests: Sequence[Sequence[Encoded]], *, itemsize: int
+    config: ModelConfig,
+    settings: EditSettings,
+    requests: Sequence[Sequence[Encoded]],
+    *,
+    itemsize: int,
+    held: Sizes | None = None,
 ) -> list[Layout]:
     """Requests from `encode_requests` in as few parts of one size as `settings.memory` allows, the last one padded.
 
-    One request is taken as it is, even where it needs more.
+    One request is taken as it is, even where it needs more. `held` are the sizes of an earlier part: they are used once more
+    by those with as many requests, and each part's by the next.
     """
     size = min(len(requests), settings.micro_batch or len(requests))
     while True:
         size = -(-len(requests) // -(-len(requests) // size))  # as even as the number of parts allows
-        padded = size if size < len(requests) else None
-        layouts = [align(requests[i : i + size], padded) for i in range(0, len(requests), size)]
+        layouts: list[Layout] = []
+        for begin in range(0, len(requests), size):
+            again = layouts[-1].sizes if layouts else held if held is not None and held.requests == size else None
+            layout = align(requests[begin : begin + size], size, again)
+            if layout.sizes.after > LOOSE * layout.packed.after.packing.used.sum():
+                layout = align(requests[begin : begin + size], size)
+            layouts.append(layout)
         largest = max(_least(config, settings, layout, itemsize) for layout in layouts)
         if size == 1 or largest <= settings.memory * GIB:
             return layouts
@@ -91,44 +104,21 @@ def micro_batches(
 
 def what_to_keep(config: ModelConfig, settings: EditSettings, layout: Layout, *, itemsize: int) -> Keep:
     """What blocks keep for the backward pass of a micro-batch: everything that was dear, where memory allows."""
-    needed = values_bytes(config, sizes_of(layout), settings.layers[-1], "products", itemsize)
+    needed = values_bytes(config, layout.sizes, settings.layers[-1], "products", itemsize)
     return "products" if needed <= settings.memory * GIB else "inputs"
 
 
 def _least(config: ModelConfig, settings: EditSettings, layout: Layout, itemsize: int) -> int:
     """What a micro-batch must have: blocks recompute only where few requests would fit otherwise."""
     keep: Keep = "products" if layout.n_requests > FEW else "inputs"
-    return values_bytes(config, sizes_of(layout), settings.layers[-1], keep, itemsize)
-
-
-class Sizes(NamedTuple):
-    """How much of everything a micro-batch has: rows and columns, and packed tokens (see `Packed`)."""
-
-    requests: int
-    rows: int
-    prefix: int
-    suffix: int
-    targets: int
-    whole: int
-    before: int
-    after: int
-    scored: int
-
-
-def sizes_of(layout: Layout) -> Sizes:
-    """Those of a layout."""
-    packed, (rows, columns) = layout.packed, layout.tokens.shape
-    return Sizes(
-        layout.n_requests, rows, layout.n_prefix, columns - layout.n_prefix, layout.targets.shape[1],
-        len(packed.whole.homes), len(packed.before.places), len(packed.after.places), len(packed.scored.homes),
-    )  # fmt: skip
+    return values_bytes(config, layout.sizes, settings.layers[-1], keep, itemsize)
 
 
 def typical_sizes(requests: int, prefixes: int) -> Sizes:
     """Those of so many requests of usual length, rather too much: their prefixes alone are shared."""
     rows = requests * (prefixes + 2)
     own = 6 * rows  # of the tokens before the subject's last one
-    return Sizes(requests, rows, PROMPT, SUFFIX, 2, own + 5 * rows, own, 5 * rows, 2 * rows)
+    return Sizes(requests, rows, PROMPT, SUFFIX, 2, own + 5 * rows, own, 5 * rows, 2 * rows, own + rows, 8 * requests)
 
 
 def values_bytes(config: ModelConfig, sizes: Sizes, layer: int, keep: Keep, itemsize: int) -> int:

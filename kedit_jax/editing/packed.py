@@ -12,9 +12,11 @@ from kedit_jax.models import Packing
 
 FINE, MIDDLE, COARSE = 8, 4, 2
 """Steps an octave: for what every optimisation step computes (at most 12 % too much; 25 % in batches so small that their
-sizes vary more than that) and for what is computed once (50 %). Of 5,000 CounterFact records in batches of 50 or 100 the
-optimisation compiles 6 or 7 programs, reading keys 2 or 3."""
+sizes vary more than that) and for what is computed once (50 %). What a session has
+compiled for is used once more (`at_least`)."""
 SMALL = 768  # tokens
+LONGER = 1.2
+"""Room for requests longer than the average of those that they were chosen from."""
 
 Places = Int[Array | np.ndarray, " n"]
 
@@ -24,6 +26,30 @@ class Part(NamedTuple):
 
     places: Places
     packing: Packing
+
+
+class Sizes(NamedTuple):
+    """How large a layout's arrays are: requests, their rows, columns before and from the subjects' last tokens, columns of
+    targets, and the packed tokens of each part (see `Packed`)."""
+
+    requests: int
+    rows: int
+    prefix: int
+    suffix: int
+    targets: int
+    whole: int
+    before: int
+    after: int
+    scored: int
+    contexts: int
+    bare: int
+
+    def fraction(self, share: int) -> "Sizes":
+        """Those of one in `share` of the requests, with room for longer ones."""
+        requests = -(-self.requests // share)
+        exact = {"requests": requests, "rows": self.rows // self.requests * requests}
+        columns = {"prefix": self.prefix, "suffix": self.suffix, "targets": self.targets}
+        return Sizes(*(-(-int(LONGER * size) // share) for size in self))._replace(**exact, **columns)
 
 
 class Packed(NamedTuple):
@@ -53,31 +79,30 @@ def pack_rows(
     *,
     n_prefix: int,
     n_contexts: int,
+    held: Sizes | None = None,
 ) -> Packed:
     """The packed tokens of aligned rows: see `kedit_jax.editing.tokens.Layout` for the arguments.
 
     Args:
         scored: which targets of each row are real; KL rows have none, and are scored at their first column.
+        held: sizes to use once more, as `at_least` says.
     """
+    sizes = dict.fromkeys(Sizes._fields) if held is None else held._asdict()
     nodes = _trie(tokens, valid)
     is_kl = np.arange(len(tokens)) % (n_contexts + 1) == n_contexts
     prompts = nodes[~is_kl, : n_prefix + 1], valid[~is_kl, : n_prefix + 1]
-    contexts = _shared(*prompts)
+    contexts = _shared(*prompts, sizes["contexts"])
     places = _own_places(*prompts, np.asarray(contexts.places))
     scored = scored.copy()
     scored[is_kl, 0] = True
+    suffix = nodes[:, n_prefix:], valid[:, n_prefix:]
     return Packed(
-        whole=_shared(nodes, valid).packing,
-        before=_shared(nodes[:, :n_prefix], valid[:, :n_prefix]),
-        after=_one_to_one(
-            nodes[:, n_prefix:],
-            valid[:, n_prefix:],
-            first=np.arange(valid.shape[1] - n_prefix) == 0,
-            steps=FINE if valid[:, n_prefix:].sum() > SMALL else MIDDLE,
-        ),
-        scored=_one_to_one(np.zeros(scored.shape, np.int64), scored, first=is_kl[:, None]).packing,
+        whole=_shared(nodes, valid, sizes["whole"]).packing,
+        before=_shared(nodes[:, :n_prefix], valid[:, :n_prefix], sizes["before"]),
+        after=_one_to_one(*suffix, np.arange(suffix[0].shape[1]) == 0, sizes["after"]),
+        scored=_one_to_one(np.zeros(scored.shape, np.int64), scored, is_kl[:, None], sizes["scored"]).packing,
         contexts=contexts.packing,
-        bare=_shared(places[::n_contexts], prompts[1][::n_contexts]),
+        bare=_shared(places[::n_contexts], prompts[1][::n_contexts], sizes["bare"]),
     )
 
 
@@ -85,6 +110,11 @@ def room(count: int, steps: int) -> int:
     """`count` rounded up to one of `steps` sizes an octave."""
     step = max(1, (1 << max(0, count - 1).bit_length()) // (2 * steps))
     return max(1, -(-count // step) * step)
+
+
+def at_least(needed: int, rounded: int, held: int | None) -> int:
+    """`held` where that is enough, otherwise what is needed, rounded."""
+    return held if held is not None and needed <= held else rounded
 
 
 def _trie(tokens: np.ndarray, valid: np.ndarray) -> Int[np.ndarray, "rows columns"]:
@@ -100,26 +130,28 @@ def _trie(tokens: np.ndarray, valid: np.ndarray) -> Int[np.ndarray, "rows column
     return nodes
 
 
-def _shared(nodes: np.ndarray, used: np.ndarray) -> Part:
+def _shared(nodes: np.ndarray, used: np.ndarray, held: int | None) -> Part:
     """The distinct ones among the nodes in use."""
     homes = np.flatnonzero(used)
     places, first, inverse = np.unique(nodes.reshape(-1)[homes], return_index=True, return_inverse=True)
     slots = np.zeros(used.shape, np.int64)
     slots.reshape(-1)[homes] = inverse
-    return _part(slots, used, homes[first], places, COARSE, shared=True)
+    size = at_least(len(places), room(len(places), COARSE), held)
+    return _part(slots, used, homes[first], places, size, shared=True)
 
 
-def _one_to_one(nodes: np.ndarray, used: np.ndarray, first: np.ndarray, steps: int = FINE) -> Part:
+def _one_to_one(nodes: np.ndarray, used: np.ndarray, first: np.ndarray, held: int | None) -> Part:
     """Every node in use, those marked by `first` before the others, row by row."""
     homes = np.concatenate([np.flatnonzero(used & first), np.flatnonzero(used & ~first)])
     slots = np.zeros(used.shape, np.int64)
     slots.reshape(-1)[homes] = np.arange(len(homes))
-    return _part(slots, used, homes, nodes.reshape(-1)[homes], steps, shared=False)
+    size = at_least(len(homes), room(len(homes), FINE if len(homes) > SMALL else MIDDLE), held)
+    return _part(slots, used, homes, nodes.reshape(-1)[homes], size, shared=False)
 
 
-def _part(slots: np.ndarray, used: np.ndarray, homes: np.ndarray, places: np.ndarray, steps: int, *, shared: bool) -> Part:
+def _part(slots: np.ndarray, used: np.ndarray, homes: np.ndarray, places: np.ndarray, size: int, *, shared: bool) -> Part:
     own = np.take_along_axis(slots, used.argmax(1)[:, None], axis=1)  # the row's first token
-    spare = room(len(homes), steps) - len(homes)
+    spare = size - len(homes)
     packing = Packing(
         slots=np.where(used, slots, own).astype(np.int32),
         homes=np.concatenate([homes, np.full(spare, used.size)]).astype(np.int32),

@@ -24,11 +24,12 @@ from kedit_jax.editing.budget import micro_batches, what_to_keep
 from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
 from kedit_jax.editing.history import LayerHistory, Site
 from kedit_jax.editing.moments import Moments, check_layers
+from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.prefixes import sample_prefixes
 from kedit_jax.editing.requests import EditRequest, check_unique_ids
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.editing.tokens import Layout, encode_requests
-from kedit_jax.editing.values import Values, optimise_values
+from kedit_jax.editing.tokens import Encoded, Layout, encode_requests
+from kedit_jax.editing.values import Values, optimise_in_rounds
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
 from kedit_jax.models import Decoder, ModelConfig, down_kernel_address, model_fingerprint
 
@@ -72,6 +73,7 @@ class EditSession:
         skipped: facts that a policy on conflicts left out.
         compacted: how many of `facts`, the first ones, are kept as statistics alone.
         reports: how the last batch's target values came out.
+        sizes: of the last batch's arrays, used once more by batches that fit, so that few programs are compiled.
     """
 
     base: Decoder
@@ -89,6 +91,7 @@ class EditSession:
     skipped: tuple[EditRequest, ...] = ()
     compacted: int = 0
     reports: Values | None = None
+    sizes: Sizes | None = None
 
     @property
     def delta(self) -> EditDelta:
@@ -234,8 +237,10 @@ class EditSession:
         Args:
             shared: by position in the batch, whose key a fact is written under instead of its own.
         """
-        layouts = self._layouts(requests)
-        values = self._values(requests, layouts, progress)
+        rows = self._encoded(requests)
+        layouts = self._arranged(rows)
+        values = self._values(rows, layouts, progress)
+        _require_finite("target values", np.asarray(values.z), requests)
         steps: dict[str, Update] = {}
         layers, model = dict(self.layers), self.model
         streams, at, count = [reading.enter(model, layout) for layout in layouts], 0, len(requests)
@@ -267,6 +272,7 @@ class EditSession:
             facts=(*self.facts, *requests) if keeps else tuple(requests),
             batches=(*self.batches, count) if keeps else (count,),
             reports=values,
+            sizes=layouts[-1].sizes,
         )
         return session, steps
 
@@ -342,21 +348,29 @@ class EditSession:
 
     def _layouts(self, requests: Sequence[EditRequest]) -> list[Layout]:
         """The requests in micro-batches of one size, the last padded."""
-        rows = encode_requests(self.tokenizer, requests, self.prefixes, max_positions=self.base.config.max_positions)
-        return micro_batches(self.base.config, self.settings, rows, itemsize=self.base.dtype.itemsize)
+        return self._arranged(self._encoded(requests))
 
-    def _values(self, requests: Sequence[EditRequest], layouts: Sequence[Layout], progress: Progress | None) -> Values:
+    def _encoded(self, requests: Sequence[EditRequest]) -> list[list[Encoded]]:
+        return encode_requests(self.tokenizer, requests, self.prefixes, max_positions=self.base.config.max_positions)
+
+    def _arranged(self, rows: Sequence[Sequence[Encoded]]) -> list[Layout]:
+        return micro_batches(self.base.config, self.settings, rows, itemsize=self.base.dtype.itemsize, held=self.sizes)
+
+    def _values(self, rows: Sequence[Sequence[Encoded]], layouts: Sequence[Layout], progress: Progress | None) -> Values:
         parts, done = [], 0
-        settings, config = self.settings, self.base.config
+        settings, config, itemsize = self.settings, self.base.config, self.base.dtype.itemsize
         for layout in layouts:
-            keep = what_to_keep(config, settings, layout, itemsize=self.base.dtype.itemsize)
-            found = optimise_values(self.model, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype)
-            parts.append(jax.device_get(found))
-            done = min(done + layout.n_requests, len(requests))
+            part = rows[done : done + layout.n_requests]
+            keep = what_to_keep(config, settings, layout, itemsize=itemsize)
+            parts.append(
+                optimise_in_rounds(
+                    self.model, part, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype
+                )
+            )
+            done += len(part)
             if progress is not None:
-                progress("target values", done, len(requests))
-        values: Values = jax.tree.map(lambda *rows: np.concatenate(rows)[: len(requests)], *parts)
-        _require_finite("target values", np.asarray(values.z), requests)
+                progress("target values", done, len(rows))
+        values: Values = jax.tree.map(lambda *found: np.concatenate(found), *parts)
         return values
 
     def _first_keys(self, requests: Sequence[EditRequest], layouts: Sequence[Layout]) -> Float[np.ndarray, "u k"]:

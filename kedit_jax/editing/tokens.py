@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from kedit_jax.editing.packed import Packed, pack_rows, room
+from kedit_jax.editing.packed import Packed, Sizes, at_least, pack_rows, room
 from kedit_jax.editing.requests import SLOT, EditRequest
 from kedit_jax.errors import RequestError
 
@@ -144,6 +144,15 @@ class Layout:
         """R, those that pad the batch included."""
         return int(self.tokens.shape[0]) // (self.n_contexts + 1)
 
+    @property
+    def sizes(self) -> Sizes:
+        """Of the arrays: layouts with the same ones share compiled programs."""
+        packed, (rows, columns) = self.packed, self.tokens.shape
+        tokens = (part.homes.size for part in (packed.whole, packed.before.packing, packed.after.packing, packed.scored))
+        keys = (part.homes.size for part in (packed.contexts, packed.bare.packing))
+        shape = (self.n_requests, rows, self.n_prefix, columns - self.n_prefix, self.targets.shape[1])
+        return Sizes(*shape, *tokens, *keys)
+
 
 def _columns(n: int, multiple: int) -> int:
     """n rounded up to a few multiples: 1, 2, 3, 4, 6, 8, 12 ..."""
@@ -205,19 +214,23 @@ def _cut_kl(encoded: Encoded) -> Encoded:
     return Encoded(encoded.tokens[:n], n, encoded.subject_last)
 
 
-def align(requests: Sequence[Sequence[Encoded]], size: int | None = None) -> Layout:
+def align(requests: Sequence[Sequence[Encoded]], size: int | None = None, held: Sizes | None = None) -> Layout:
     """The layout of requests from `encode_requests`, padded to `size` of them by repeating the first.
 
     Lengths are rounded up (8, 16, 24, 32, 48 ... columns before the subject's end, 4, 8, 12, 16, 24 ... behind it, targets
-    to powers of two), so that batches share compiled programs.
+    to powers of two), and sizes that are `held` already used once more, so that batches share compiled programs.
     """
     padding = 0 if size is None else size - len(requests)
     encoded = [row for rows in (*requests, *[requests[0]] * padding) for row in rows]
     rows, n_contexts = len(encoded), len(requests[0]) - 1
-    n_prefix = max(8, _columns(max(e.subject_last for e in encoded), 8))
     inputs = [e.tokens[:-1] if e.target else e.tokens for e in encoded]
-    n_suffix = _columns(max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True)), 4)
-    n_target = room(max(len(e.target) for e in encoded), 1)
+    n_prefix = max(1, *(e.subject_last for e in encoded))
+    n_suffix = max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True))
+    n_target = max(len(e.target) for e in encoded)
+    again = (None, None, None) if held is None else (held.prefix, held.suffix, held.targets)
+    n_prefix = at_least(n_prefix, _columns(n_prefix, 8), again[0])
+    n_suffix = at_least(n_suffix, _columns(n_suffix, 4), again[1])
+    n_target = at_least(n_target, room(n_target, 1), again[2])
     tokens = np.zeros((rows, n_prefix + n_suffix), np.int32)
     valid = np.zeros(tokens.shape, bool)
     targets = np.zeros((rows, n_target), np.int32)
@@ -231,5 +244,5 @@ def align(requests: Sequence[Sequence[Encoded]], size: int | None = None) -> Lay
         targets[row, :n] = e.target
         weights[row, :n] = 1 / max(n, 1)
         columns[row, :n] = e.n_prompt - e.subject_last - 1 + np.arange(n)
-    packed = pack_rows(tokens, valid, weights > 0, n_prefix=n_prefix, n_contexts=n_contexts)
+    packed = pack_rows(tokens, valid, weights > 0, n_prefix=n_prefix, n_contexts=n_contexts, held=held)
     return Layout(tokens, valid, targets, weights, columns, packed, n_prefix, n_contexts)

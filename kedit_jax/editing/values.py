@@ -13,7 +13,7 @@ alone, and what the loss gives back to the head is written down rather than deri
 large as the logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,8 +24,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kedit_jax.editing.tokens import Layout
+from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Decoder, Keep, Past, causal_mask, pack, positions_of, unpack
+
+SHARE = 4
+"""A batch goes on with the requests that are left once they are one in so many."""
+FEW = 16
+"""Batches of so few requests are optimised to their end: smaller ones cost a program and save little."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,49 @@ class _Progress(NamedTuple):
     nll_before: Float[Array, " r"]
     original: Float[Array, "r vocabulary"]  # as in `_Score`
 
+    def of(self, places: Int[np.ndarray, " n"]) -> "_Progress":
+        """That of some of the requests."""
+        progress: _Progress = jax.tree.map(lambda leaf: leaf[places] if np.ndim(leaf) else leaf, self)
+        return progress
+
+
+def optimise_in_rounds(
+    model: Decoder,
+    requests: Sequence[Sequence[Encoded]],
+    layout: Layout,
+    layer: int,
+    settings: ValueSettings,
+    keep: Keep = "products",
+    dtype: str | None = None,
+) -> Values:
+    """`optimise_values` for the host: once few requests are left to optimise, those go on in a batch of their own.
+
+    Requests end after 5 to 25 steps; of the embedded model's 1,000, half after 10 and nine tenths after 13.
+
+    Args:
+        requests: the rows from `encode_requests` that the layout was made of.
+
+    Returns:
+        NumPy values of these requests, without those that pad the layout.
+    """
+    found: Values | None = None
+    here, state = np.arange(len(requests)), None
+    while True:
+        smaller = layout.sizes.fraction(SHARE)
+        leave = smaller.requests if layout.n_requests > FEW else 0
+        values, after = jax.device_get(_advanced(model, layout, layer, settings, keep, dtype, leave, state))
+        if found is None:
+            found = jax.tree.map(lambda rows: np.array(rows[: len(requests)]), values)
+        for whole, some in zip(found, values, strict=True):
+            whole[here] = some[: len(here)]
+        left = np.flatnonzero(~after.done[: len(here)])
+        if not len(left):
+            return found
+        here = here[left]
+        layout = align([requests[i] for i in here.tolist()], smaller.requests, smaller)
+        places = np.concatenate([left, np.repeat(left[:1], layout.n_requests - len(left))])
+        state = after.of(places)
+
 
 @partial(jax.jit, static_argnames=("layer", "settings", "keep", "dtype"))
 def optimise_values(
@@ -113,7 +161,7 @@ def optimise_values(
     keep: Keep = "products",
     dtype: str | None = None,
 ) -> Values:
-    """Target values for the output of block `layer`, all requests of a layout together.
+    """Target values for the output of block `layer`, all requests of a layout together, in one program.
 
     Args:
         model: the model as it stands before this batch.
@@ -127,19 +175,31 @@ def optimise_values(
     Returns:
         Values for the requests in the layout's order. Non-finite numbers are left in place: the caller names requests.
     """
+    return _advance(model, layout, layer, settings, keep, dtype, 0, None)[0]
+
+
+def _advance(
+    model: Decoder,
+    layout: Layout,
+    layer: int,
+    settings: ValueSettings,
+    keep: Keep,
+    dtype: str | None,
+    leave: int,
+    begun: _Progress | None,
+) -> tuple[Values, _Progress]:
+    """Optimise until at most `leave` requests are not done."""
     problem = _prepare(model, layout, layer)
     if dtype is not None:
         model, problem = _narrowed(model, problem, jnp.dtype(dtype))
     adam = optax.adam(settings.learning_rate)
     norm = jnp.linalg.norm(problem.origin, axis=-1)
-    zero, nothing = jnp.zeros_like(problem.origin), jnp.zeros_like(norm)
 
     def advance(state: _Progress) -> _Progress:
         score, uphill = _score(model, layout, problem, layer, keep, state, settings)
         loss = score.loss + settings.decay * _length(state.delta) / norm**2
         done = state.done | (loss < settings.stop_loss) | (state.step == settings.steps - 1)
-        slope = uphill()
-        slope = slope + settings.decay * _direction(state.delta) / norm[:, None] ** 2
+        slope = uphill() + settings.decay * _direction(state.delta) / norm[:, None] ** 2
         change, adam_state = adam.update(slope, state.adam)
         moved = _clamp(optax.apply_updates(state.delta, change), settings.clamp * norm)
         return _Progress(
@@ -154,20 +214,28 @@ def optimise_values(
             original=score.original,
         )
 
-    start = _Progress(
+    start = _start(adam, problem.origin, model.config.vocab_size) if begun is None else begun
+    end = jax.lax.while_loop(lambda state: (~state.done).sum() > leave, advance, start)
+    z = problem.origin + end.delta
+    return Values(z, end.nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm), end
+
+
+_advanced = jax.jit(_advance, static_argnames=("layer", "settings", "keep", "dtype", "leave"))
+
+
+def _start(adam: optax.GradientTransformation, origin: Float[Array, "r d"], vocabulary: int) -> _Progress:
+    zero, nothing = jnp.zeros_like(origin), jnp.zeros_like(origin[:, 0])
+    return _Progress(
         step=jnp.int32(0),
         delta=zero,
         adam=adam.init(zero),
-        done=jnp.zeros(norm.shape, bool),
-        updates=jnp.zeros(norm.shape, jnp.int32),
+        done=jnp.zeros(nothing.shape, bool),
+        updates=jnp.zeros(nothing.shape, jnp.int32),
         loss=nothing,
         nll=nothing,
         nll_before=nothing,
-        original=jnp.zeros((len(norm), model.config.vocab_size), norm.dtype),
+        original=jnp.zeros((len(origin), vocabulary), origin.dtype),
     )
-    end = jax.lax.while_loop(lambda state: ~state.done.all(), advance, start)
-    z = problem.origin + end.delta
-    return Values(z, end.nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm)
 
 
 def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
