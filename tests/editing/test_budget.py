@@ -8,7 +8,7 @@ import pytest
 from editing_world import many_requests
 
 from kedit_jax import solve
-from kedit_jax.editing.budget import GIB, memory_items, micro_batches, sizes_of, total, values_bytes, what_to_keep
+from kedit_jax.editing.budget import GIB, memory_items, micro_batches, total, values_bytes, what_to_keep
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession
 from kedit_jax.editing.settings import EditSettings
@@ -84,15 +84,15 @@ def test_value_optimisation_takes_at_most_what_is_foretold(config: ModelConfig, 
         .memory_analysis()
         .temp_size_in_bytes
     )
-    assert found <= values_bytes(config, sizes_of(layout), TOP, keep, 4) <= 2 * found
+    assert found <= values_bytes(config, layout.sizes, TOP, keep, 4) <= 2 * found
 
 
 def test_what_is_kept_and_how_much_follow_the_memory() -> None:
     requests = many_requests(24, SMALL_GPT2.vocab_size)
     layout = align(requests)
-    most, least = (values_bytes(SMALL_GPT2, sizes_of(layout), TOP, keep, 4) for keep in ("products", "inputs"))
+    most, least = (values_bytes(SMALL_GPT2, layout.sizes, TOP, keep, 4) for keep in ("products", "inputs"))
     assert least < most
-    assert values_bytes(SMALL_GPT2, sizes_of(layout), TOP, "products", 8) == 2 * most
+    assert values_bytes(SMALL_GPT2, layout.sizes, TOP, "products", 8) == 2 * most
     for memory, keep in ((most, "products"), (most - 1, "inputs")):
         settings = EditSettings((TOP,), memory=memory / GIB)
         assert what_to_keep(SMALL_GPT2, settings, layout, itemsize=4) == keep
@@ -111,7 +111,7 @@ def test_micro_batches_stay_within_the_memory(cap: int | None) -> None:
         assert size <= (cap or 24)
         for layout in layouts if size > 1 else []:
             keep = what_to_keep(SMALL_GPT2, settings, layout, itemsize=4)
-            assert values_bytes(SMALL_GPT2, sizes_of(layout), TOP, keep, 4) <= memory
+            assert values_bytes(SMALL_GPT2, layout.sizes, TOP, keep, 4) <= memory
         parts.append(len(layouts))
     assert parts == sorted(parts)
     assert parts[0] == (4 if cap == 7 else 1)
@@ -127,7 +127,7 @@ def test_little_memory_means_small_micro_batches(fresh: EditSession, batches: li
             fresh.base.config, dataclasses.replace(fresh.settings, micro_batch=size), _rows(fresh, batches[0]), itemsize=4
         )
         top = fresh.settings.layers[-1]
-        needed = max(values_bytes(fresh.base.config, sizes_of(layout), top, "inputs", 4) for layout in capped)
+        needed = max(values_bytes(fresh.base.config, layout.sizes, top, "inputs", 4) for layout in capped)
         little = dataclasses.replace(fresh, settings=dataclasses.replace(fresh.settings, memory=needed / GIB))
         parts[size] = little._layouts(batches[0])
         for mine, theirs in zip(jax.tree.leaves(parts[size]), jax.tree.leaves(capped), strict=True):

@@ -11,8 +11,9 @@ import pytest
 from editing_reference import PlainValue, largest_error, plain_value
 from editing_world import random_model
 
+from kedit_jax.editing import values as value_module
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.tokens import Layout, lay_out
+from kedit_jax.editing.tokens import Layout, encode_requests, lay_out
 from kedit_jax.editing.values import Values, ValueSettings, optimise_values
 from kedit_jax.models import Biases, Decoder, ModelConfig, RotaryConfig
 
@@ -159,6 +160,33 @@ def test_a_request_stops_where_its_loss_is_low_and_the_others_go_on(case: Case) 
     values = case.again(stop_loss=bar)
     assert values.updates[:3].tolist() == [one.updates for one in plain]
     assert largest_error(values.z[:3], [one.z for one in plain]) < 1e-10
+
+
+def test_in_rounds_the_requests_that_are_left_end_as_they_would(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the batch is done at once; the other half goes on in a batch of its own, from where it stands."""
+    bar = float(np.sort([one.losses[0] for one in case.plain])[1]) + 1e-6
+    rows = encode_requests(case.tokenizer, REQUESTS, PREFIXES, max_positions=64)
+    batches: list[int] = []
+    quick = jax.jit(
+        value_module._advance, static_argnames=("layer", "settings", "keep", "dtype", "leave"),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )  # fmt: skip
+
+    def advanced(model: Decoder, layout: Layout, *rest: Any) -> Any:
+        batches.append(layout.n_requests)
+        return quick(model, layout, *rest)
+
+    for name, replaced in (("FEW", 2), ("SHARE", 2), ("_advanced", advanced)):
+        monkeypatch.setattr(value_module, name, replaced)
+    settings = dataclasses.replace(SETTINGS, stop_loss=bar)
+    found = value_module.optimise_in_rounds(case.model, rows, case.layout, LAYER, settings)
+    assert batches == [4, 2]
+    whole = case.again(stop_loss=bar)
+    assert len(set(whole.updates[:3].tolist())) > 1, "all end at once: the test shows nothing"
+    assert found.updates.tolist() == whole.updates[:3].tolist()
+    assert largest_error(found.z, whole.z[:3]) < 1e-11
+    for mine, expected in zip(found[1:], whole[1:], strict=True):
+        np.testing.assert_allclose(mine, expected[:3], rtol=1e-9)
 
 
 def test_nothing_moves_when_every_loss_is_low_at_once(case: Case) -> None:
