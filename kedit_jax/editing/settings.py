@@ -51,7 +51,7 @@ class EditSettings:
         prefixes, prefix_tokens: how many context prefixes the model writes, and how long.
         seed: of the prefixes, the only random choice.
         memory: GiB that the optimisation of target values may take beside the model; the requests are split accordingly,
-            which changes no result but by round-off. On a CPU 20 requests at once are as fast as 100; accelerators want more.
+            which changes no result but by round-off. A CPU takes 20 requests at once as fast as 100; accelerators want more.
         micro_batch: at most so many requests at once, whatever the memory.
         compute_dtype: what the blocks above the edited layers multiply in while values are optimised, as "bfloat16" on
             accelerators (with sums, norms and losses in float32); the model's own by default.

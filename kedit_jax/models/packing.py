@@ -22,7 +22,8 @@ class Packing:
     """Where the tokens of B rows of T columns stand among N packed ones.
 
     Attributes:
-        slots: the packed place of each column's token; at padding some token of the same row, so that a NaN stays there.
+        slots: the packed place of each column's token; at padding some token of the same row. A NaN in a row spreads no
+            further than to the tokens whose home that row is.
         homes: row * T + column of each packed token, in one of the rows that have it; B * T for places that are not used.
         used: False at padding.
         shared: whether several columns may be one packed token, as common beginnings of rows are. Such gathers are

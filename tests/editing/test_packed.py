@@ -17,11 +17,14 @@ from kedit_jax.editing import keys as reading
 from kedit_jax.editing import packed as packing_module
 from kedit_jax.editing import tokens as token_module
 from kedit_jax.editing import values as value_module
-from kedit_jax.editing.packed import Packed, pack_rows, room
+from kedit_jax.editing.budget import micro_batches
+from kedit_jax.editing.packed import Packed, Sizes, pack_rows, room
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession
-from kedit_jax.editing.tokens import Layout, align, lay_out
-from kedit_jax.models import Decoder, Packing
+from kedit_jax.editing.settings import EditSettings
+from kedit_jax.editing.tokens import Encoded, Layout, align, lay_out
+from kedit_jax.editing.values import SHARE
+from kedit_jax.models import Decoder, Packing, gpt2_config
 
 # --- against a naive reading ----------------------------------------------------------------------------------------
 
@@ -190,35 +193,40 @@ def test_keys_do_not_depend_on_the_company(wide_model: Decoder, tokenizer: Any) 
 
 # --- few shapes -----------------------------------------------------------------------------------------------------
 
-Sizes = tuple[tuple[int, ...], ...]
+BIG = gpt2_config(vocab_size=9, n_layers=2, d_model=4, n_heads=2, max_positions=64)
 
 
-def shapes_of(layouts: Sequence[Layout]) -> tuple[set[Sizes], set[Sizes]]:
-    """The distinct shapes of what goes into value optimisation, and into reading keys."""
+def shapes_of(batches: Sequence[Sequence[Sequence[Encoded]]], *, hold: bool) -> tuple[set[Any], set[Any]]:
+    """The distinct shapes of what goes into value optimisation, and into reading keys, of one batch after another.
+
+    Value optimisation goes on with some of the requests; here each time with those at hand.
+    """
+    held: Sizes | None = None
     values, keys = set(), set()
-    for layout in layouts:
-        packed, rows = layout.packed, (layout.tokens.shape, layout.targets.shape)
-        parts = (packed.whole, packed.before.packing, packed.after.packing, packed.scored)
-        values.add((*rows, *(np.shape(part.homes) for part in parts)))
-        keys.add((layout.tokens[:, : layout.n_prefix].shape, np.shape(packed.contexts.homes), np.shape(packed.bare.places)))
+    for batch in batches:
+        (layout,) = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held if hold else None)
+        held = layout.sizes
+        smaller = held.fraction(SHARE)
+        rest = align(batch[: smaller.requests], smaller.requests, smaller if hold else None)
+        keys.add((held.rows, held.prefix, held.contexts, held.bare))
+        values |= {(*sizes[:-2],) for sizes in (held, rest.sizes)}
     return values, keys
 
 
 def test_a_long_run_needs_a_handful_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 batches; the negative control is sizes as they come, of which hardly two are alike."""
+    """60 batches; the negative controls are sizes as they come, and rounded but not used once more."""
     requests = many_requests(3000)
-
-    def shapes() -> tuple[set[Sizes], set[Sizes]]:
-        return shapes_of([align(requests[i : i + 50]) for i in range(0, len(requests), 50)])
-
-    values, keys = shapes()
-    assert len(values) <= 12
+    batches = [requests[i : i + 50] for i in range(0, len(requests), 50)]
+    values, keys = shapes_of(batches, hold=True)
+    assert len(values) <= 10
     assert len(keys) <= 4
+    rounded, _ = shapes_of(batches, hold=False)
+    assert len(rounded) > len(values)
     for module in (packing_module, token_module):
         monkeypatch.setattr(module, "room", lambda count, steps: max(1, count))
-    values_as_they_come, keys_as_they_come = shapes()
-    assert len(values_as_they_come) >= 4 * len(values)
-    assert len(keys_as_they_come) >= 4 * len(keys)
+    as_they_come = shapes_of(batches, hold=False)
+    assert len(as_they_come[0]) >= 3 * len(values)
+    assert len(as_they_come[1]) >= 3 * len(keys)
 
 
 def test_batches_of_one_shape_share_their_programs(

@@ -12,7 +12,7 @@ from editing_world import PEOPLE
 from kedit_jax.editing import values as module
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.tokens import Encoded, align, encode_requests
-from kedit_jax.editing.values import FEW, SHARE, Values, ValueSettings, optimise_in_rounds, optimise_values
+from kedit_jax.editing.values import FEW, SHARE, Values, ValueSettings, optimise_in_rounds
 from kedit_jax.models import Decoder
 
 LAYER = 2
@@ -22,6 +22,11 @@ REQUESTS = [EditRequest(prompt, person, "old Lima") for person in PEOPLE for pro
 
 # Losses begin between 6.27 and 6.66 and fall by about 0.1: the requests end one after another.
 SETTINGS = ValueSettings(steps=9, learning_rate=0.1, clamp=3.0, kl_factor=0.01, decay=0.0, stop_loss=6.5)
+
+QUICK = jax.jit(
+    module._advance, static_argnames=("layer", "settings", "keep", "dtype", "leave"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,18 +43,17 @@ def rows(tokenizer: Any) -> list[list[Encoded]]:
 
 @pytest.fixture(scope="module")
 def whole(wide_model: Decoder, rows: list[list[Encoded]], wide: None) -> Values:
-    return optimise_values(wide_model, align(rows), LAYER, SETTINGS)
+    return QUICK(wide_model, align(rows), LAYER, SETTINGS, "products", None, 0, None)[0]
 
 
 def test_rounds_change_nothing(
     wide_model: Decoder, rows: list[list[Encoded]], whole: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    honest = module._advanced
 
     def counted(model: Decoder, layout: Any, *others: Any) -> Any:
         sizes.append(layout.n_requests)
-        return honest(model, layout, *others)
+        return QUICK(model, layout, *others)
 
     monkeypatch.setattr(module, "_advanced", counted)
     found = optimise_in_rounds(wide_model, rows, align(rows), LAYER, SETTINGS)
@@ -71,6 +75,7 @@ def test_negative_control_a_round_that_begins_anew_is_noticed(
         return kept._replace(adam=jax.tree.map(np.zeros_like, kept.adam))
 
     monkeypatch.setattr(module._Progress, "of", forgetful)
+    monkeypatch.setattr(module, "_advanced", QUICK)
     found = optimise_in_rounds(wide_model, rows, align(rows), LAYER, SETTINGS)
     assert largest_error(found.z, whole.z) > 1e-4
 
