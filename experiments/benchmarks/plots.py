@@ -27,6 +27,7 @@ def figure(path: Path, title: str, *, columns: int = 1) -> Iterator[list[Any]]:
 
 def stacked(axes: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
     """A bar of parts for each name, with its total above it."""
+    tallest = max(sum(parts.values()) for parts in bars.values())
     for place, parts in enumerate(bars.values()):
         bottom = 0.0
         for part, size in parts.items():
@@ -35,7 +36,7 @@ def stacked(axes: Any, bars: Mapping[str, Mapping[str, float]]) -> None:
         axes.annotate(f"{bottom:.3g}", (place, bottom), ha="center", va="bottom")
     axes.set_xticks(range(len(bars)), list(bars))
     axes.legend(fontsize="small")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.1 * tallest)
 
 
 def lines(axes: Any, x: Sequence[float], series: Mapping[str, Sequence[float]], *, x_label: str, y_label: str) -> None:
