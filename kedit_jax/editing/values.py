@@ -276,7 +276,10 @@ def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
 
 def _narrowed(model: Decoder, problem: _Problem, dtype: np.dtype) -> tuple[Decoder, _Problem]:
     """What the optimisation computes with, in another dtype; the hidden state that delta is added to keeps its own."""
-    narrow = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
+
+    def narrow(leaf: Array) -> Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
     past: tuple[Past, Past] = jax.tree.map(narrow, problem.past)
     return jax.tree.map(narrow, model), problem._replace(suffix=narrow(problem.suffix), past=past)
 
