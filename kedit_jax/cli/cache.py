@@ -59,11 +59,14 @@ def _folder() -> Path | None:
 
 
 def _processor() -> str:
-    """Names the processor's instructions: programs use all of them, and would crash on one that has fewer.
+    """Names the processor's instructions and the cores that may be used.
 
-    A home can be shared by several machines.
+    Programs use all instructions, and would crash on a processor that has fewer; a home can be shared by several machines.
+    And they are split among the cores at hand when they are compiled, though JAX does not ask for those when it looks a
+    program up: what a process held to one core had stored ran on one of two ever after, an evaluation 1.5 times longer.
     """
-    told = [platform.machine(), platform.processor()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    told = [platform.machine(), platform.processor(), str(cores)]
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()

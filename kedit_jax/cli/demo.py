@@ -46,7 +46,7 @@ from kedit_jax.models import Decoder, load, model_fingerprint
 SETTINGS = EditSettings(
     layers=(1, 2, 3),
     moment_weight=500.0,
-    prefixes=4,
+    prefixes=1,
     prefix_tokens=8,
     micro_batch=50,  # also where all facts are one batch: the same programs serve
     values=ValueSettings(steps=25, learning_rate=0.5, clamp=0.75, kl_factor=0.0625, decay=0.5),
@@ -69,6 +69,14 @@ class Stage(NamedTuple):
     heldout: PreparedTexts
     moments: Moments
     folder: Path  # of the moments, and what is factored of them
+    empty: dict[EditSettings, EditSession]
+
+    def begun(self, settings: EditSettings) -> EditSession:
+        """A session without edits."""
+        if settings not in self.empty:
+            new = start_session(self.model, self.tokenizer, self.moments, settings, priors=self.folder)
+            self.empty[settings] = new
+        return self.empty[settings]
 
 
 @dataclass(frozen=True)
@@ -158,11 +166,11 @@ def _set_up(console: Console, edits: int, folder: Path) -> Stage:
             progress=move,
         )
     requests = [record.request() for record in records]
-    return Stage(model, tokenizer, records, requests, prepare(records, tokenizer), heldout, moments, kept)
+    return Stage(model, tokenizer, records, requests, prepare(records, tokenizer), heldout, moments, kept, {})
 
 
 def _edit(console: Console, stage: Stage, run: Run) -> EditSession:
-    session = start_session(stage.model, stage.tokenizer, stage.moments, run.settings, priors=stage.folder)
+    session = stage.begun(run.settings)
     done, edits = 0, len(stage.requests)
     with show.bar(console, run.name, edits) as move:
         for batch in np.array_split(np.arange(edits), run.batches):

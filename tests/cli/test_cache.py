@@ -25,13 +25,14 @@ print(json.dumps({"hits": seen["cache_hits"], "misses": seen["cache_misses"], "r
 """
 
 
-def child(home: Path, **variables: str) -> dict[str, Any]:
-    """What a process that compiles two or three programs says about the cache."""
+def child(home: Path, *, cores: set[int] | None = None, **variables: str) -> dict[str, Any]:
+    """What a process that compiles two or three programs says about the cache; held to these cores, if to any."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {cores})\n{PROGRAM}" if cores else PROGRAM],
+        env=environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
     assert done.stderr == ""
     return json.loads(done.stdout)
 
@@ -54,6 +55,14 @@ def test_a_second_run_compiles_nothing_and_damage_is_compiled_anew(tmp_path: Pat
     for file in files:  # a full disk leaves such ones
         file.write_bytes(file.read_bytes()[:20])
     assert child(tmp_path) == {"hits": 0, "misses": first["misses"], "result": first["result"]}
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [])(0)) < 2, reason="needs a second core to leave out")
+def test_programs_for_one_core_are_not_run_on_two(tmp_path: Path) -> None:
+    one = {min(os.sched_getaffinity(0))}
+    first = child(tmp_path, cores=one)
+    assert child(tmp_path)["misses"] == first["misses"] > 0
+    assert child(tmp_path, cores=one)["hits"] == first["misses"]
 
 
 @pytest.mark.parametrize("what", ["a file in place of the folder", "switched off"])
