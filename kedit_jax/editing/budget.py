@@ -89,17 +89,23 @@ def micro_batches(
     size = min(len(requests), settings.micro_batch or len(requests))
     while True:
         size = -(-len(requests) // -(-len(requests) // size))  # as even as the number of parts allows
-        layouts: list[Layout] = []
-        for begin in range(0, len(requests), size):
-            again = layouts[-1].sizes if layouts else held if held is not None and held.requests == size else None
-            layout = align(requests[begin : begin + size], size, again)
-            if layout.sizes.after > LOOSE * layout.packed.after.packing.used.sum():
-                layout = align(requests[begin : begin + size], size)
-            layouts.append(layout)
+        layouts = _parts(requests, size, held if held is not None and held.requests == size else None)
+        if len({layout.sizes for layout in layouts}) > 1:
+            layouts = _parts(requests, size, layouts[-1].sizes)  # the first may have grown to those of the last
         largest = max(_least(config, settings, layout, itemsize) for layout in layouts)
         if size == 1 or largest <= settings.memory * GIB:
             return layouts
         size = max(1, min(size - 1, int(size * settings.memory * GIB / largest)))
+
+
+def _parts(requests: Sequence[Sequence[Encoded]], size: int, held: Sizes | None) -> list[Layout]:
+    layouts: list[Layout] = []
+    for begin in range(0, len(requests), size):
+        layout = align(requests[begin : begin + size], size, layouts[-1].sizes if layouts else held)
+        if layout.sizes.after > LOOSE * layout.packed.after.packing.used.sum():
+            layout = align(requests[begin : begin + size], size)
+        layouts.append(layout)
+    return layouts
 
 
 def what_to_keep(config: ModelConfig, settings: EditSettings, layout: Layout, *, itemsize: int) -> Keep:

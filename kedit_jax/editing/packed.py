@@ -10,11 +10,9 @@ from jaxtyping import Array, Bool, Int
 
 from kedit_jax.models import Packing
 
-FINE, MIDDLE, COARSE = 8, 4, 2
-"""Steps an octave: for what every optimisation step computes (at most 12 % too much; 25 % in batches so small that their
-sizes vary more than that) and for what is computed once (50 %). What a session has
-compiled for is used once more (`at_least`)."""
-SMALL = 768  # tokens
+FINE, COARSE = 8, 4
+"""Steps an octave: for what every optimisation step computes (at most 12 % too much) and for what is computed once (25 %).
+What a session has compiled for is used once more (`at_least`)."""
 LONGER = 1.2
 """Room for requests longer than the average of those that they were chosen from."""
 
@@ -145,7 +143,7 @@ def _one_to_one(nodes: np.ndarray, used: np.ndarray, first: np.ndarray, held: in
     homes = np.concatenate([np.flatnonzero(used & first), np.flatnonzero(used & ~first)])
     slots = np.zeros(used.shape, np.int64)
     slots.reshape(-1)[homes] = np.arange(len(homes))
-    size = at_least(len(homes), room(len(homes), FINE if len(homes) > SMALL else MIDDLE), held)
+    size = at_least(len(homes), room(len(homes), FINE), held)
     return _part(slots, used, homes, nodes.reshape(-1)[homes], size, shared=False)
 
 
