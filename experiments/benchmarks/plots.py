@@ -57,4 +57,4 @@ def bars(axes: Any, shares: Mapping[str, float], *, title: str) -> None:
     axes.bar_label(drawn, fmt="%.1f", fontsize="small")
     axes.set_title(title)
     axes.set_xlabel("% of the time")
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)

@@ -166,6 +166,6 @@ def plot(result: Mapping[str, Any], folder: Path) -> None:
         for place, (name, found) in zip(axes[::2], shapes.items(), strict=True):
             most = dict(list(found["functions"].items())[:SHOWN])
             most["all others"] = 1 - sum(most.values())
-            bars(place, most, title=f"{name}: part and function")
+            bars(place, most, title=f"{name}\nby part and function")
         for place, (name, found) in zip(axes[1::2], shapes.items(), strict=True):
-            bars(place, found["kinds"], title=f"{name}: kind of operation")
+            bars(place, found["kinds"], title=f"{name}\nby kind")

@@ -191,7 +191,8 @@ def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         widest = max(width for width, size in measured if size == u)
         estimated = not theirs
         if estimated:
-            theirs = [row["published"] * (n / widest) ** 3 for row in rows if (row["n"], row["batch"]) == (widest, u)]
+            taken = [row["published"] for row in rows if (row["n"], row["batch"]) == (widest, u) and row["published"]]
+            theirs = [seconds * (n / widest) ** 3 for seconds in taken]
         published = float(np.median(theirs))
         first, late = mine[0]["ours"], next((row["ours"] for row in mine if row["before"] == 2000), None)
         ratios = [(row["published"] or published) / row["ours"] for row in mine]
