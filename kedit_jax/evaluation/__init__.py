@@ -1,5 +1,18 @@
 """How well a model was edited, and what it cost: records, scores, measures, perplexity, free text."""
 
+from kedit_jax.evaluation.ability import (
+    AbilityScore,
+    PreparedTask,
+    Question,
+    Task,
+    embedded_tasks,
+    facts_task,
+    kinds_task,
+    prepare_task,
+    read_task,
+    score_task,
+    write_task,
+)
 from kedit_jax.evaluation.completions import Completion, compare_completions, complete, sample_texts
 from kedit_jax.evaluation.counterfact import Prepared, prepare, score_records
 from kedit_jax.evaluation.datasets import (
@@ -28,6 +41,7 @@ from kedit_jax.evaluation.scoring import Pair, PairScores, PreparedPairs, prepar
 
 __all__ = [
     "UNEDITED",
+    "AbilityScore",
     "Answer",
     "Completion",
     "Evaluation",
@@ -38,30 +52,40 @@ __all__ = [
     "PairScores",
     "Prepared",
     "PreparedPairs",
+    "PreparedTask",
     "PreparedTexts",
+    "Question",
     "Record",
     "RecordError",
     "References",
+    "Task",
     "Written",
     "answers",
     "compare_completions",
     "complete",
+    "embedded_tasks",
     "evaluate",
+    "facts_task",
     "fetch",
+    "kinds_task",
     "longest_shared_span",
     "parse_records",
     "perplexity",
     "place_subject",
     "prepare",
     "prepare_pairs",
+    "prepare_task",
     "prepare_texts",
     "read_records",
+    "read_task",
     "references_in",
     "references_of",
     "sample_texts",
     "score_pairs",
     "score_records",
+    "score_task",
     "table",
     "write_records",
+    "write_task",
     "write_texts",
 ]
