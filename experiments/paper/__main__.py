@@ -35,6 +35,7 @@ def command(
     records: Annotated[Path | None, typer.Option(help="records, in CounterFact's schema or another that is known")] = None,
     corpus: Annotated[Path | None, typer.Option(help="text for the second moments, a document a line")] = None,
     heldout: Annotated[Path | None, typer.Option(help="text for the perplexity, a document a line")] = None,
+    ability: Annotated[list[Path] | None, typer.Option(help="files of multiple-choice tasks (SST-2, MMLU ...)")] = None,
     cache: Annotated[Path, typer.Option(help="moments and factored priors")] = RUNS / "paper",
 ) -> None:
     """Run experiments, or continue them; what is complete is kept."""
@@ -45,7 +46,7 @@ def command(
             console.print(f"written: {write_report(folder, FOLDER.parent if folder == RESULTS else folder)}", soft_wrap=True)
             return
         with compiled_programs_kept():
-            sources = Sources(model_dir, records, corpus, heldout)
+            sources = Sources(model_dir, records, corpus, heldout, tuple(ability or ()))
             run_all(names or list(EXPERIMENTS), folder, model, sources, cache, quick=quick, console=console)
     except KeditError as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)

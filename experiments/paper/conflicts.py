@@ -15,13 +15,13 @@ import numpy as np
 from experiments.paper.config import check
 from experiments.paper.measures import accuracy, check_columns, cost
 from experiments.paper.results import Log
-from experiments.paper.running import Run, Step, Tick, run_steps
+from experiments.paper.running import UNEDITED, Run, Step, Tick, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, relative_error
 from kedit_jax.editing import EditRequest, EditSession, EditSettings
 from kedit_jax.evaluation import Record, prepare_pairs, score_pairs
-from kedit_jax.models import down_kernel_address
+from kedit_jax.models import Decoder, down_kernel_address
 
 POLICIES = ("latest", "first", "merge", "reject", "keep")
 UNALIGNED = "unaligned"
@@ -118,15 +118,25 @@ def runs(config: ConflictsConfig, stage: Stage, seed: int) -> list[Run]:
     """One stream under every policy."""
     records, made = stage.chosen(seed, config.facts), []
     stream = stream_of(records, config, seed)
+    protocol = {"most": config.most, "within": config.within, "retracted": config.retracted, "steps": config.steps}
+
+    def before() -> dict[str, Any]:
+        should = {fact: stated for fact, stated in standing(stream, "latest").items() if fact not in stream.retracted}
+        originals = [(stream.statements[fact][0].text, stream.original[fact]) for fact in sorted(stream.retracted)]
+        return {
+            "holding_accuracy": _any_said(stage, stage.model, should),
+            "restored_accuracy": accuracy(stage, stage.model, originals),
+            **cost(stage, stage.model),
+        }
+
+    header = stage.header(stage.settings(config.editor, seed), records)
+    made.append(unedited({"policy": UNEDITED, **protocol, **header}, before))
     for policy in config.policies:
         history = {"history": UNALIGNED} if policy == UNALIGNED else {"conflicts": policy}
         settings = stage.settings(config.editor, seed, compensate=False, **history)
         what = {
             "policy": policy,
-            "most": config.most,
-            "within": config.within,
-            "retracted": config.retracted,
-            "steps": config.steps,
+            **protocol,
             **stage.header(settings, records),
         }
         work = sum(len(batch) for batch in stream.batches)
@@ -175,8 +185,8 @@ def judged(
     if policy != UNALIGNED:
         restored = [(stream.statements[fact][0].text, stream.original[fact]) for fact in sorted(stream.retracted)]
     return {
-        "holding_accuracy": _any_said(stage, session, should),
-        "outdated_accuracy": _any_said(stage, session, {fact: stated for fact, stated in outdated.items() if stated}),
+        "holding_accuracy": _any_said(stage, session.model, should),
+        "outdated_accuracy": _any_said(stage, session.model, {fact: stated for fact, stated in outdated.items() if stated}),
         "restored_accuracy": accuracy(stage, session.model, restored),
         "inconsistency": inconsistency(session, wanted),
         "wrong_facts": len(held ^ set(wanted)) if policy != UNALIGNED else None,
@@ -200,12 +210,12 @@ def inconsistency(session: EditSession, wanted: Sequence[str]) -> float:
     return relative_error(session.delta, EditDelta(updates))
 
 
-def _any_said(stage: Stage, session: EditSession, answers: dict[str, list[EditRequest]]) -> float | None:
+def _any_said(stage: Stage, model: Decoder, answers: dict[str, list[EditRequest]]) -> float | None:
     """Percent of facts for which one of the statements is met exactly; None for no facts."""
     facts = [fact for fact, stated in answers.items() for _ in stated]
     if not facts:
         return None
     pairs = [(one.text, one.target) for stated in answers.values() for one in stated]
-    correct = score_pairs(session.model, prepare_pairs(pairs, stage.tokenizer)).correct
+    correct = score_pairs(model, prepare_pairs(pairs, stage.tokenizer)).correct
     said = {fact for fact, right in zip(facts, correct, strict=True) if right}
     return 100 * len(said) / len(answers)

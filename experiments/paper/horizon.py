@@ -16,7 +16,7 @@ from experiments.paper.config import check
 from experiments.paper.main_table import VARIANTS
 from experiments.paper.measures import Norms, Quality, check_columns, cost
 from experiments.paper.results import Log
-from experiments.paper.running import Run, Tick, in_batches, run_steps
+from experiments.paper.running import Run, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage, spread
 from kedit_jax import solve
 from kedit_jax.delta import EditDelta, host_kernel
@@ -107,16 +107,20 @@ def runs(config: HorizonConfig, stage: Stage, seed: int) -> list[Run]:
     part = config.end_to_end
     few = records[: part.edits]
     quality = Quality(stage, few, min(config.first, part.edits))
+    protocol = {"batch": part.batch, "evaluate_every": part.evaluate_every, "sample": part.sample, "first": config.first}
+    made.append(
+        unedited(
+            {"part": "end to end", **protocol, **stage.header(settings, few)},
+            lambda: {**quality(stage.model, len(few), part.sample), **cost(stage, stage.model)},
+        )
+    )
     for variant in config.variants:
         own = stage.settings(config.editor, seed, **VARIANTS[variant])
         what = {
             "part": "end to end",
             "editor": config.editor,
             "variant": variant,
-            "batch": part.batch,
-            "evaluate_every": part.evaluate_every,
-            "sample": part.sample,
-            "first": config.first,
+            **protocol,
             **stage.header(own, few),
         }
         made.append(Run(f"model-{variant}", what, len(few), partial(_edited, config, stage, few, quality, own)))

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.paper.config import check
 from experiments.paper.measures import Norms, Quality, check_columns, cost, unmet
 from experiments.paper.results import Log
-from experiments.paper.running import Run, Tick, in_batches, run_steps
+from experiments.paper.running import Run, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax.delta import EditDelta
 from kedit_jax.editing import EditSession, EditSettings
@@ -52,14 +52,21 @@ def runs(config: LatestConfig, stage: Stage, seed: int) -> list[Run]:
     records, made = stage.chosen(seed, config.edits), []
     batches = [records[start : start + config.batch] for start in range(0, len(records), config.batch)]
     quality = [Quality(stage, batch, len(batch)) for batch in batches]
+    protocol = {"batch": config.batch, "evaluate_every": config.evaluate_every}
+    size = len(batches[-1])
+    made.append(
+        unedited(
+            {**protocol, **stage.header(stage.settings(config.editors[0], seed), records)},
+            lambda: {**quality[-1](stage.model, size, size), **cost(stage, stage.model)},
+        )
+    )
     for editor in config.editors:
         for history in config.histories:
             settings = stage.settings(editor, seed, history=history, compensate=False)
             what = {
                 "editor": editor,
                 "variant": history,
-                "batch": config.batch,
-                "evaluate_every": config.evaluate_every,
+                **protocol,
                 **stage.header(settings, records),
             }
             go = partial(_edited, config, stage, records, quality, settings)

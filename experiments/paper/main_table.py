@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from experiments.paper.config import check
-from experiments.paper.measures import Norms, Quality, check_columns, cost, distance, drifted, extras, unmet
+from experiments.paper.measures import Norms, Quality, check_columns, cost, distance, drifted, freely, unmet
 from experiments.paper.results import Log
-from experiments.paper.running import Run, Step, Tick, in_batches, run_steps
+from experiments.paper.running import Run, Step, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, apply_edits
@@ -31,7 +31,6 @@ VARIANTS = {
     "unaligned": {"history": "unaligned", "compensate": False},
     "one-time": {"history": "aligned", "compensate": True},
 }
-UNEDITED = "unedited"
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class MainConfig:
     Attributes:
         evaluate_at: numbers of edits after which quality is measured, beside the end.
         sample, sample_at_end: how many records quality is measured on.
+        free_records: how many records the model is left to speak about at the end.
         retention: how many of the first edits make it up.
         variants: of `VARIANTS`; `uncompensated` applies to editors with post-processing alone.
         drift_of: editors whose aligned and unaligned runs read all keys again at the end.
@@ -54,6 +54,7 @@ class MainConfig:
     evaluate_at: tuple[int, ...]
     sample: int
     sample_at_end: int
+    free_records: int
     retention: int
     editors: tuple[str, ...]
     variants: tuple[str, ...]
@@ -63,11 +64,12 @@ class MainConfig:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.variants if name not in VARIANTS]
-        off = [at for at in self.evaluate_at if at % self.batch]
+        off = [at for at in self.evaluate_at if self.batch >= 1 and at % self.batch]
         check(
             (not unknown, f"variants {', '.join(unknown)} are none of {', '.join(VARIANTS)}"),
             (not off, f"evaluate_at {off} falls between steps of {self.batch}"),
             (self.edits >= self.batch >= 1, f"edits {self.edits} must be at least one batch of {self.batch}"),
+            (self.free_records >= 0, f"free_records is {self.free_records}; give 0 or more"),
             (self.retention >= 1, f"retention is {self.retention}; it needs at least one edit"),
         )
         check_columns(self.columns)
@@ -96,25 +98,17 @@ def _protocol(config: MainConfig) -> dict[str, Any]:
         "edits": config.edits,
         "batch": config.batch,
         "evaluate_at": list(config.evaluate_at),
-        "sample": [config.sample, config.sample_at_end],
+        "sample": [config.sample, config.sample_at_end, config.free_records],
         "retention": config.retention,
     }
 
 
 def _unedited(config: MainConfig, stage: Stage, records: Sequence[Record], quality: Quality, seed: int) -> Run:
-    def go(log: Log, tick: Tick) -> None:
-        if not log.lines:
-            measured = {**quality(stage.model, len(records), config.sample_at_end), **cost(stage, stage.model)}
-            log.append({"step": 0, "edits": 0, **measured, **extras(stage, stage.model, records)})
-        log.finish()
+    def measure() -> dict[str, Any]:
+        measured = {**quality(stage.model, len(records), config.sample_at_end), **cost(stage, stage.model)}
+        return measured | freely(stage, stage.model, records, config.free_records)
 
-    what = {
-        "editor": UNEDITED,
-        "variant": UNEDITED,
-        **_protocol(config),
-        **stage.header(stage.settings("memit", seed), records),
-    }
-    return Run(UNEDITED, what, 0, go)
+    return unedited({**_protocol(config), **stage.header(stage.settings("memit", seed), records)}, measure)
 
 
 def _edited(
@@ -141,7 +135,11 @@ def _edited(
                 stage, session.model
             )
         if end:
-            line |= {"distance": distance(session), "drift": unmet(session), **extras(stage, session.model, records)}
+            line |= {
+                "distance": distance(session),
+                "drift": unmet(session),
+                **freely(stage, session.model, records, config.free_records),
+            }
             if name in {f"{editor}-{variant}" for editor in config.drift_of for variant in ("aligned", "unaligned")}:
                 line |= drifted(session)
             if name in {f"{editor}-aligned" for editor in config.drift_of}:

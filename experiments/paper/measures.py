@@ -3,7 +3,7 @@
 Every measure is a column by name (`COLUMNS`); configs that ask for another are refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +13,18 @@ from experiments.paper.stage import Stage, spread
 from kedit_jax.delta import EditDelta, host_kernel
 from kedit_jax.editing import EditSession, equivalence_error, key_drift
 from kedit_jax.errors import KeditError
-from kedit_jax.evaluation import Prepared, Record, perplexity, prepare, prepare_pairs, score_pairs, score_records
+from kedit_jax.evaluation import (
+    Prepared,
+    Record,
+    answers,
+    perplexity,
+    prepare,
+    prepare_pairs,
+    score_pairs,
+    score_records,
+    score_task,
+    write_texts,
+)
 from kedit_jax.evaluation.metrics import Percentages, RecordMeasures, record_measures, summarize
 from kedit_jax.models import Decoder, down_kernel_address
 
@@ -64,7 +75,11 @@ COLUMNS: Mapping[str, Column] = {
     "centre_shift_prompt": Column("shift of the centre, prompt's last token", "", "less"),
     "fluency": Column("fluency", ""),
     "consistency": Column("consistency", ""),
-    "generation_accuracy": Column("free generation, exact match"),
+    "generation_efficacy": Column("efficacy, free answer"),
+    "generation_generalization": Column("generalization, free answer"),
+    "generation_specificity": Column("specificity, free answer"),
+    "ability_f1": Column("general ability, weighted F1"),
+    "ability_accuracy": Column("general ability, accuracy"),
 }
 
 
@@ -75,17 +90,16 @@ def check_columns(names: Sequence[str]) -> None:
         raise KeditError(f"unknown metric {', '.join(unknown)}; there are {', '.join(COLUMNS)}")
 
 
-Extra = Callable[[Stage, Decoder, Sequence[Record]], Mapping[str, float | None]]
-EXTRAS: list[Extra] = []
-"""Costly measures of the last evaluation of a run: a model and the records that were edited go in, named numbers come out.
-Fluency, consistency, free generation and the harness of general ability are called here."""
-
-
-def extras(stage: Stage, model: Decoder, records: Sequence[Record]) -> dict[str, float | None]:
-    """All of `EXTRAS`, one after the other."""
-    found: dict[str, float | None] = {}
-    for extra in EXTRAS:
-        found |= extra(stage, model, records)
+def freely(stage: Stage, model: Decoder, records: Sequence[Record], count: int) -> dict[str, float | None]:
+    """What the model says by itself about `count` of the edited records, evenly spaced: free answers and sampled text."""
+    some = spread(records, count)
+    if not some:
+        return {}
+    said = answers(model, stage.tokenizer, some)
+    found = {f"generation_{name}": getattr(said, name) for name in ("efficacy", "generalization", "specificity")}
+    if stage.references is not None:
+        text = write_texts(model, stage.tokenizer, some, stage.references)
+        found |= {"fluency": text.fluency, "consistency": text.consistency}
     return found
 
 
@@ -138,11 +152,16 @@ def _taken(measures: RecordMeasures, rows: np.ndarray) -> RecordMeasures:
     return RecordMeasures(**{item.name: getattr(measures, item.name)[rows] for item in fields(RecordMeasures)})
 
 
-def cost(stage: Stage, model: Decoder) -> dict[str, float | None]:
-    """What editing did to the rest: perplexity, and facts that no edit is about."""
-    found: dict[str, float | None] = {
+def cost(stage: Stage, model: Decoder) -> dict[str, Any]:
+    """What editing did to the rest: perplexity, facts that no edit is about, and tasks of general ability."""
+    found: dict[str, Any] = {
         name: float(100 * score_pairs(model, pairs).correct.mean()) for name, pairs in stage.untouched.items()
     }
+    if stage.tasks:
+        scores = {task.task.name: score_task(model, task) for task in stage.tasks}
+        found["ability_f1"] = float(np.mean([score.f1 for score in scores.values()]))
+        found["ability_accuracy"] = float(np.mean([score.accuracy for score in scores.values()]))
+        found["tasks"] = {name: score.f1 for name, score in scores.items()}
     if stage.heldout is not None:
         found["perplexity"] = perplexity(model, stage.heldout)
     return found

@@ -13,7 +13,7 @@ from experiments.paper.config import check
 from experiments.paper.main_table import VARIANTS
 from experiments.paper.measures import Norms, Quality, check_columns, cost, distance
 from experiments.paper.results import Log
-from experiments.paper.running import Run, Tick, in_batches, run_steps
+from experiments.paper.running import Run, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax.delta import EditDelta
 from kedit_jax.editing import EditSession, EditSettings
@@ -51,6 +51,7 @@ class NecessityConfig:
         check(
             (len(set(names)) == len(names), f"sweeps {names} must have different names"),
             (not unknown, f"variants {', '.join(unknown)} are none of {', '.join(VARIANTS)}"),
+            (bool(names), "sweeps are missing; name one"),
             (self.edits >= self.batch >= 1, f"edits {self.edits} must be at least one batch of {self.batch}"),
         )
         check_columns(self.columns)
@@ -60,6 +61,14 @@ def runs(config: NecessityConfig, stage: Stage, seed: int) -> list[Run]:
     """A run for each value of each sweep and variant."""
     records, made = stage.chosen(seed, config.edits), []
     quality = Quality(stage, records, config.retention)
+    protocol = {"batch": config.batch, "sample": config.sample, "retention": config.retention}
+    about = {"sweep": "", "setting": "", "value": "", **protocol}
+    made.append(
+        unedited(
+            {**about, **stage.header(stage.settings(config.sweeps[0].editor, seed), records)},
+            lambda: {**quality(stage.model, len(records), config.sample), **cost(stage, stage.model)},
+        )
+    )
     for sweep in config.sweeps:
         for number, value in enumerate(sweep.values):
             for variant in sweep.variants:
@@ -71,9 +80,7 @@ def runs(config: NecessityConfig, stage: Stage, seed: int) -> list[Run]:
                     "setting": sweep.setting,
                     "value": value,
                     "variant": variant,
-                    "batch": config.batch,
-                    "sample": config.sample,
-                    "retention": config.retention,
+                    **protocol,
                     **stage.header(settings, records),
                 }
                 go = partial(_edited, config, stage, records, quality, settings, sweep.kept)

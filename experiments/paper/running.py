@@ -48,6 +48,20 @@ class Step:
         return len(self.requests)
 
 
+UNEDITED = "unedited"
+
+
+def unedited(what: Line, measure: Callable[[], Line]) -> Run:
+    """The model before any edit, as every table shows it."""
+
+    def go(log: Log, tick: Tick) -> None:
+        if not log.lines:
+            log.append({"step": 0, "edits": 0, **measure()})
+        log.finish()
+
+    return Run(UNEDITED, {**what, "editor": UNEDITED, "variant": UNEDITED}, 0, go)
+
+
 Measure = Callable[[EditSession, EditDelta, int], Line]
 """(session after a step, the step, its number from 1) -> what is stored of it."""
 

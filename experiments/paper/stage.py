@@ -27,18 +27,27 @@ from kedit_jax.editing.presets import check_preset, overridden
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import (
     PreparedPairs,
+    PreparedTask,
     PreparedTexts,
     Record,
+    References,
+    Task,
+    embedded_tasks,
     parse_records,
     prepare_pairs,
+    prepare_task,
     prepare_texts,
     read_records,
+    read_task,
+    references_of,
 )
 from kedit_jax.models import Decoder, load, model_fingerprint
 
 EMBEDDED = "embedded"
 CONTROLS = 300
 """Facts of each kind that no edit is about, asked as a measure of general ability."""
+QUESTIONS = 150
+"""Of each task of general ability, evenly spaced."""
 
 Progress = Callable[[int, int | None], None]
 
@@ -101,6 +110,7 @@ class Sources:
     records: Path | None = None
     corpus: Path | None = None
     heldout: Path | None = None
+    ability: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +124,8 @@ class Stage:
         editors: name of an editor -> what it changes in them.
         folder: of the moments, and what is factored of them.
         untouched: name -> facts that no edit is about, as a measure of general ability.
+        tasks: of general ability, multiple choice.
+        references: texts about new objects, for the consistency of free text; None where there are none.
     """
 
     name: str
@@ -126,6 +138,8 @@ class Stage:
     moments: Moments
     folder: Path
     untouched: Mapping[str, PreparedPairs] = dataclasses.field(default_factory=dict)
+    tasks: Sequence[PreparedTask] = ()
+    references: References | None = None
 
     def settings(self, editor: str, seed: int, **changes: Any) -> EditSettings:
         """Settings of an editor by name; the seed is that of the prefixes.
@@ -157,6 +171,9 @@ class Stage:
             "weights": self.weights,
             "data": fingerprint([record.to_dict() for record in records]),
             "heldout": None if self.heldout is None else fingerprint(list(self.heldout.texts)),
+            "tasks": {
+                task.task.name: fingerprint([vars(question) for question in task.task.questions]) for task in self.tasks
+            },
             "moments": self.moments.fingerprint(settings.layers),
             "settings": {**settings.to_dict(), "layers": list(settings.layers)},
             "prefixes": list(self.prefixes(settings.prefixes, settings.prefix_tokens, settings.seed)),
@@ -189,12 +206,13 @@ def open_stage(name: str, choice: Choice, sources: Sources, folder: Path, progre
     if name == EMBEDDED:
         weights: Path = assets.model_dir()
         records = tuple(parse_records(assets.records()))
-        corpus, heldout = assets.corpus(), assets.heldout()
+        corpus, heldout, tasks = assets.corpus(), assets.heldout(), embedded_tasks()
     else:
         weights, paths = _found(name, choice, sources)
         records = tuple(read_records(paths["records"]))
         corpus = _lines(paths["corpus"])
         heldout = _lines(paths["heldout"]) if "heldout" in paths else []
+        tasks = [read_task(path) for path in sources.ability or sorted((FOLDER / "data" / name / "ability").glob("*.json*"))]
     model, tokenizer = load(weights, dtype=np.float32 if name == EMBEDDED else None)
     if choice.preset is not None:
         check_preset(choice.preset, model.config)
@@ -204,8 +222,20 @@ def open_stage(name: str, choice: Choice, sources: Sources, folder: Path, progre
     )
     length = min(model.config.max_positions, 512)
     texts = prepare_texts(heldout[: choice.heldout_texts], tokenizer, max_length=length) if heldout else None
+    asked = [prepare_task(Task(task.name, tuple(spread(task.questions, QUESTIONS))), tokenizer) for task in tasks]
     return Stage(
-        name, model, tokenizer, records, texts, base, choice.editors, moments, folder, untouched(records, tokenizer)
+        name,
+        model,
+        tokenizer,
+        records,
+        texts,
+        base,
+        choice.editors,
+        moments,
+        folder,
+        untouched(records, tokenizer),
+        asked,
+        references_of(records),
     )
 
 
@@ -279,10 +309,7 @@ def hardware() -> dict[str, Any]:
     import jax
 
     info = Path("/proc/cpuinfo")
-    named = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": named[0] if named else platform.machine(), "cores": cores, "device": jax.devices()[0].device_kind}

@@ -1,16 +1,46 @@
-"""A stage of the tests' small random world: its programs are those of the other tests."""
+"""A stage of the tests' small random world, whose batches are those of the other tests and share their compiled programs."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-from editing_world import PEOPLE, PLACES
 
 from experiments.paper.measures import Quality
 from experiments.paper.stage import Stage, untouched
-from kedit_jax.editing import EditSettings, Moments
+from kedit_jax.editing import EditRequest, EditSettings, Moments
 from kedit_jax.evaluation import Fact, Record, prepare_texts
 from kedit_jax.models import Decoder
+
+
+class OrderedStage(Stage):
+    """Gives facts out in their own order, whatever the seed."""
+
+    def chosen(self, seed: int, count: int) -> list[Record]:
+        return list(self.records[:count])
+
+
+@pytest.fixture(scope="session")
+def records(batches: list[list[EditRequest]]) -> tuple[Record, ...]:
+    """The twelve requests of the four batches. Every subject has two other facts, one of which is another record's."""
+    requests = [request for batch in batches for request in batch]
+    true = [f"object {number}" for number in range(len(requests))]
+    return tuple(
+        Record(
+            case_id=number,
+            prompt=request.prompt,
+            subject=request.subject,
+            target_new=request.target,
+            target_true=true[number],
+            paraphrase_prompts=(f"Old {request.subject} plays the",),
+            neighborhood_prompts=(f"The house of {requests[number - 1].subject} is far from",),
+            same_subject=(
+                Fact(f"{request.subject} is a", "both"),
+                Fact(f"{request.subject} likes", true[(number + 6) % 12]),
+            ),
+            relation_id="same",
+        )
+        for number, request in enumerate(requests)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -20,44 +50,16 @@ def stage(
     moments: Moments,
     settings: EditSettings,
     texts: list[str],
+    records: tuple[Record, ...],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Stage:
-    """Twelve facts: three relations of four subjects each."""
-    records = []
-    for number, (person, place) in enumerate(zip(PEOPLE, PLACES, strict=True)):
-        other, third = PLACES[(number + 1) % 4], PLACES[(number + 2) % 4]
-        for prompt, subject, new, true in (
-            ("{} was born in", person, other, place),
-            ("The house of {} stands in", person, third, place),
-            ("In {}, people speak", place, "violin", "French"),
-        ):
-            records.append(
-                Record(
-                    case_id=len(records),
-                    prompt=prompt,
-                    subject=subject,
-                    target_new=new,
-                    target_true=true,
-                    paraphrase_prompts=(f"Old {subject} plays the",),
-                    neighborhood_prompts=(f"The house of {PEOPLE[number - 1]} is far from",),
-                    same_subject=(Fact(f"{subject} is a", true), Fact(f"{subject} likes", other)),
-                    relation_id=prompt,
-                )
-            )
     heldout = prepare_texts(texts[:2], tokenizer, max_length=32)
     editors = {"memit": {}, "rect": {"post": "rect:0.4"}, "ridge": {"editor": "ridge", "ridge": 1.0}}
-    return Stage(
-        "small",
-        model,
-        tokenizer,
-        tuple(records),
-        heldout,
-        settings,
-        editors,
-        moments,
-        Path(tmp_path_factory.mktemp("priors")),
-        untouched(records, tokenizer, 8),
-    )
+    folder = Path(tmp_path_factory.mktemp("priors"))
+    asked = untouched(records, tokenizer, 8)
+    return OrderedStage(
+        "small", model, tokenizer, records, heldout, settings, editors, moments, folder, asked
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

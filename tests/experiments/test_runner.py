@@ -24,6 +24,7 @@ CONFIG = MainConfig(
     evaluate_at=(3,),
     sample=4,
     sample_at_end=6,
+    free_records=0,
     retention=3,
     editors=("memit", "rect"),
     variants=("aligned", "unaligned"),

@@ -174,10 +174,19 @@ def at_edits(runs: Sequence[Result], column: str) -> dict[float, Spread]:
     return {x: found for x, ys in sorted(points.items()) if (found := spread_of(ys)) is not None}
 
 
+BASELINES = ("specificity", "same_subject", "untouched", "type", "ability", "perplexity")
+"""Beginnings of the measures whose unedited value is shown as a line; of the others it is next to 0."""
+
+
 def draw(
     axes: Any, runs: Sequence[Result], column: str, *, label: str, colour: str, variant: str, marks: bool = True
 ) -> None:
-    """A line over the number of edits, with a band of one standard deviation."""
+    """A line over the number of edits, with a band of one standard deviation; across the axes for the unedited model."""
+    if variant == "unedited":
+        before = mean(runs, column)
+        if before is not None and column.startswith(BASELINES):
+            axes.axhline(before, color="#888888", linestyle=(0, (1, 3)), label=label)
+        return
     points = at_edits(runs, column)
     if not points:
         return
@@ -189,7 +198,7 @@ def draw(
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def label_axes(axes: Any, column: str, x: str = "edits so far", *, log: bool = False) -> None:
+def label_axes(axes: Any, column: str, x: str = "edits so far", *, log: bool = False, legend: bool = True) -> None:
     """The measure's name and unit at the side, a grid, a legend where there is something to tell apart."""
     item = COLUMNS[column]
     axes.set_xlabel(x)
@@ -197,8 +206,16 @@ def label_axes(axes: Any, column: str, x: str = "edits so far", *, log: bool = F
     if log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
+
+
+def shared_legend(all_axes: Sequence[Any], columns: int) -> None:
+    """One legend below all panels, where every one has the same lines."""
+    named: dict[str, Any] = {}
+    for axes in all_axes:
+        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    all_axes[0].figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def editor_of(run: Result) -> str:

@@ -18,6 +18,7 @@ from experiments.paper.sections.common import (
     mean,
     measured_table,
     points,
+    shared_legend,
     variant_of,
 )
 
@@ -184,18 +185,18 @@ def _sequences(results: Sequence[Result]) -> Runs:
 def _courses(
     place: Place, results: Sequence[Result], columns: Sequence[str], name: str, title: str, log: Sequence[str] = ()
 ) -> str:
-    rows = {key: runs for key, runs in _sequences(results).items() if editor_of(runs[0]) != "unedited"}
-    shown = [column for column in columns if any(at_edits(runs, column) for runs in rows.values())]
+    rows = {key: runs for key, runs in _sequences(results).items() if variant_of(runs[0]) != "uncompensated"}
+    shown = [column for column in columns if any(len(at_edits(runs, column)) > 1 for runs in rows.values())]
     if not shown:
         return ""
-    with place.figure(name, title, columns=len(shown), height=4.0) as all_axes:
+    with place.figure(name, title, columns=len(shown), height=4.4) as all_axes:
         for axes, column in zip(all_axes, shown, strict=True):
             for key, runs in rows.items():
                 editor, variant = editor_of(runs[0]), variant_of(runs[0])
-                if variant != "uncompensated":
-                    marks = len(at_edits(runs, column)) < 12
-                    draw(axes, runs, column, label=key, colour=colour_of(editor), variant=variant, marks=marks)
-            label_axes(axes, column, log=column in log)
+                marks = len(at_edits(runs, column)) < 12
+                draw(axes, runs, column, label=key, colour=colour_of(editor), variant=variant, marks=marks)
+            label_axes(axes, column, log=column in log, legend=False)
+        shared_legend(all_axes, columns=max(2, 2 * len(shown)))
     return place.image(name, f"{title}: solid aligned, dashed unaligned, a colour an editor")
 
 

@@ -89,11 +89,12 @@ def _collapses(rows: Runs, exact: Runs, simplified: Runs) -> Claim:
 def necessity(place: Place, results: Sequence[Result], columns: Sequence[str]) -> list[str]:
     """Necessity of regularisation [g]."""
     rows = by_name(results)
-    sweeps = list(dict.fromkeys(str(runs[0].what["sweep"]) for runs in rows.values()))
+    sweeps = [name for name in dict.fromkeys(str(runs[0].what["sweep"]) for runs in rows.values()) if name]
+    before = {name: runs for name, runs in rows.items() if name == "unedited"}
     blocks = [claims_table([claim for sweep in sweeps for claim in _swept(sweep, rows)])]
     for sweep in sweeps:
         own = {_named(runs[0]): runs for runs in rows.values() if runs[0].what["sweep"] == sweep}
-        blocks.append(measured_table(own, columns, heading=f"{sweep}"))
+        blocks.append(measured_table(before | own, columns, heading=f"{sweep}"))
     blocks.append(_sweeps_figure(place, rows, sweeps))
     return blocks
 
@@ -167,7 +168,7 @@ def _sweeps_figure(place: Place, rows: Runs, sweeps: Sequence[str]) -> str:
 def conflicts(place: Place, results: Sequence[Result], columns: Sequence[str]) -> list[str]:
     """Conflicts [d]."""
     rows = by_name(results)
-    policies = {name: runs for name, runs in rows.items() if name != "unaligned"}
+    policies = {name: runs for name, runs in rows.items() if name not in ("unaligned", "unedited")}
     errors = {name: found.mean for name, runs in policies.items() if (found := last(runs, "inconsistency"))}
     wrong = [
         line.get("wrong_facts") for runs in policies.values() for run in runs for line in run.lines if "wrong_facts" in line
