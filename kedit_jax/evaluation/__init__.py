@@ -1,6 +1,19 @@
-"""How well a model was edited, and what it cost: records, scores, measures, perplexity, completions."""
+"""How well a model was edited, and what it cost: records, scores, measures, perplexity, free text."""
 
-from kedit_jax.evaluation.completions import Completion, compare_completions, complete
+from kedit_jax.evaluation.ability import (
+    AbilityScore,
+    PreparedTask,
+    Question,
+    Task,
+    embedded_tasks,
+    facts_task,
+    kinds_task,
+    prepare_task,
+    read_task,
+    score_task,
+    write_task,
+)
+from kedit_jax.evaluation.completions import Completion, compare_completions, complete, sample_texts
 from kedit_jax.evaluation.counterfact import Prepared, prepare, score_records
 from kedit_jax.evaluation.datasets import (
     fetch,
@@ -10,6 +23,17 @@ from kedit_jax.evaluation.datasets import (
     read_records,
     write_records,
 )
+from kedit_jax.evaluation.freely import (
+    Answer,
+    FreeAnswers,
+    FreeText,
+    References,
+    Written,
+    answers,
+    references_in,
+    references_of,
+    write_texts,
+)
 from kedit_jax.evaluation.perplexity import PreparedTexts, perplexity, prepare_texts
 from kedit_jax.evaluation.records import Fact, Record, RecordError
 from kedit_jax.evaluation.report import UNEDITED, Evaluation, evaluate, table
@@ -17,30 +41,51 @@ from kedit_jax.evaluation.scoring import Pair, PairScores, PreparedPairs, prepar
 
 __all__ = [
     "UNEDITED",
+    "AbilityScore",
+    "Answer",
     "Completion",
     "Evaluation",
     "Fact",
+    "FreeAnswers",
+    "FreeText",
     "Pair",
     "PairScores",
     "Prepared",
     "PreparedPairs",
+    "PreparedTask",
     "PreparedTexts",
+    "Question",
     "Record",
     "RecordError",
+    "References",
+    "Task",
+    "Written",
+    "answers",
     "compare_completions",
     "complete",
+    "embedded_tasks",
     "evaluate",
+    "facts_task",
     "fetch",
+    "kinds_task",
     "longest_shared_span",
     "parse_records",
     "perplexity",
     "place_subject",
     "prepare",
     "prepare_pairs",
+    "prepare_task",
     "prepare_texts",
     "read_records",
+    "read_task",
+    "references_in",
+    "references_of",
+    "sample_texts",
     "score_pairs",
     "score_records",
+    "score_task",
     "table",
     "write_records",
+    "write_task",
+    "write_texts",
 ]
