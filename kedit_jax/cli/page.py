@@ -62,7 +62,9 @@ th { font-weight: 600; color: var(--soft) }
 tbody tr { border-top: 1px solid var(--line) }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums }
 td.n { white-space: nowrap }
-.words td { overflow-wrap: anywhere; min-width: 9ch }
+.words td { overflow-wrap: anywhere; min-width: 6ch }
+.words td:last-child { min-width: 24ch }
+time { white-space: nowrap }
 .good { color: var(--good) } .bad { color: var(--bad) }
 .says { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 12px; margin: 12px 0 }
 .say { padding: 10px 14px }
@@ -316,7 +318,13 @@ def _history(session: EditSession, times: Sequence[str]) -> str:
         said = dict(zip(event.ids, (text.replace(" -> ", " → ") for text in event.texts), strict=False)) | said
     numbered = list(enumerate(zip(session.events, times, strict=True), 1))[::-1]
     lines = [
-        [str(number), _text(_kind(event)), _text(time.replace("T", " ")[:16]), str(len(event.ids)), *_left(event)]
+        [
+            str(number),
+            _text(_kind(event)),
+            f"<time>{_text(time.replace('T', ' ')[:16])}</time>",
+            str(len(event.ids)),
+            *_left(event),
+        ]
         for number, (event, time) in numbered[:EVENTS]
     ]
     conflicts = sum(len(event.replaced) + len(event.skipped) for event in session.events if event.kind != "replace")
