@@ -27,12 +27,18 @@ def quickstart(names: Names, printed: str) -> None:
     assert names["kj"].equivalence_error(names["second"]) <= 1e-10
     assert names["kj"].equivalence_error(names["forgetful"]) > 1e-2
     assert names["kj"].relative_error(names["fewer"].delta, names["fewer"].one_time()) <= 1e-11
+    new = {name: found[:, 1] for name, found in names["probability"].items()}
+    start, first, second, fewer, none = new.values()
+    assert (
+        max(start.max(), first[20:].max(), fewer[:30].max(), none.max()) < 0.2 < 0.8 < min(first[:20].mean(), second.mean())
+    )
+    assert fewer[30:].mean() > 0.8, "what was not taken back is still there"
 
 
 def argument(names: Names, printed: str) -> None:
     _equivalence_and_counter_examples(names)
     _compensation_and_regularizers(names)
-    _conflict(names)
+    _language_model(names)
 
 
 def _equivalence_and_counter_examples(names: Names) -> None:
@@ -59,23 +65,60 @@ def _compensation_and_regularizers(names: Names) -> None:
         assert alone > 1e-2, name
 
 
-def _conflict(names: Names) -> None:
+def _language_model(names: Names) -> None:
+    far = names["from_one_time"]
+    assert max(far["aligned"]) <= 1e-10
+    assert min(far["unaligned"][1:]) > 1e-2
+    assert far["unaligned"][0] <= 1e-10, "one batch has no history to leave out"
+    means = [drift.mean for drift in names["drift"].values()]
+    assert means[0] < 1e-5 < 1e-3 < means[1] < means[2] < 5e-2, "keys drift above the lowest edited layer"
+    assert names["at_once"].mean() > 0.9
+    assert names["said"][-1, names["at_once"]].mean() > 0.9
+    sizes = [[names["size"](then, layer) for then in names["sequences"]["aligned"]] for layer in names["settings"].layers]
+    assert (np.diff(sizes) > 0).all(), "updates grow with what they hold"
+
+
+def conflicts(names: Names, printed: str) -> None:
     error = names["kj"].equivalence_error
     assert names["restored"] <= 1e-11
-    assert max(error(names["mixed"]), error(names["session"])) <= 1e-10
+    assert max(error(names["mixed"]), *names["stands"].values()) <= 1e-10
     winners = [int(np.argmax(row)) for row in names["shown"].values()]
     assert winners == [0, 1, 1, 2, 0, 1], "original, first edit, first edit, contradiction, original, first edit"
     assert min(max(row) for row in names["shown"].values()) > 0.8
     merged = np.diff(names["averaged"], axis=0)
     assert (merged[:, 1] < 0).all(), "the more the contradiction weighs, the less likely the first edit"
     assert (merged[:, 2] > 0).all()
-    means = [drift.mean for drift in names["drift"].values()]
-    assert means[0] < 1e-5 < 1e-3 < means[1] < means[2] < 5e-2, "keys drift above the lowest edited layer"
-    assert names["at_once"].mean() > 0.9
-    assert names["said"][-1, names["at_once"]].mean() > 0.9
+    history = names["history"]
+    assert history["latest"].argmax(1).tolist() == [0, 1, 2, 3, 4]
+    assert history["first"].argmax(1).tolist() == [0, 1, 1, 1, 1]
+    assert history["latest"][4, 4] > 0.9 > history["keep"][4, 4]
+    assert [len(some[-1].facts) for some in names["streams"].values()] == [4, 4, 16]
+    assert names["apart"] <= 1e-10
+    assert names["original"]
+    assert "undone, the same again: True" in printed
+    originals = {name: found[:2, 0].min() for name, found in names["per_fact"].items()}
+    assert min(originals["two taken\nback"], originals["all taken\nback"]) > 0.8
+    assert max(originals["corrected"], originals["undone"]) < 0.2
 
 
-CHECKS: Mapping[str, Callable[[Names, str], None]] = {"argument": argument, "quickstart": quickstart}
+def bring_your_own(names: Names, printed: str) -> None:
+    assert names["kj"].equivalence_error(names["session"]) <= 1e-10
+    before, after = names["likely"].values()
+    assert before[:, 0].min() > 0.8 > 0.2 > before[:, 1].max()
+    assert after[:, 1].min() > 0.8 > 0.2 > after[:, 0].max()
+    assert "has 0 slots; put exactly one {}" in printed
+    assert "'target' is empty" in printed
+    assert "(asked for" not in printed, "every fact and paraphrase is said freely"
+    assert names["same"]
+    assert printed.rstrip().endswith("henrik taken back: Yennic")
+
+
+CHECKS: Mapping[str, Callable[[Names, str], None]] = {
+    "argument": argument,
+    "bring_your_own": bring_your_own,
+    "conflicts": conflicts,
+    "quickstart": quickstart,
+}
 """Notebook -> what must hold for its names and what it printed."""
 
 
@@ -163,7 +206,7 @@ def test_the_argument_has_its_pictures() -> None:
         "## 2. The counter-example": 2,
         "## 3. Post-processing, and its compensation": 1,
         "## 4. Any convex regulariser": 0,
-        "## 5. A conflict": 2,
+        "## 5. In a language model": 2,
     }
 
 

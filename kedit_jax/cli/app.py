@@ -1,6 +1,5 @@
 """The commands. Each reads files, calls the library, shows what came out; errors of the user are one clear message."""
 
-import json
 import math
 import os
 import sys
@@ -33,6 +32,7 @@ from kedit_jax.cli.common import (
     read_facts,
 )
 from kedit_jax.cli.demo import demo
+from kedit_jax.cli.evaluating import evaluate_command
 from kedit_jax.cli.export import export
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
@@ -42,7 +42,7 @@ from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, check_editable, start_session
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
-from kedit_jax.evaluation import UNEDITED, Record, evaluate, prepare, prepare_texts, table
+from kedit_jax.evaluation import Record
 from kedit_jax.models import Decoder, load
 from kedit_jax.solve.postprocess import POSTS
 from kedit_jax.solve.sequences import MODES
@@ -62,6 +62,7 @@ MaxTokens = Annotated[float | None, typer.Option(help="of the corpus; 10 x the k
 COMMANDS = (demo, verify, inspect, doctor, export)
 for command in (*COMMANDS, history.log, history.retract, history.restore, history.undo, history.merge, history.compact):
     app.command()(command)
+app.command("eval")(evaluate_command)
 
 
 @app.command()
@@ -152,37 +153,6 @@ def edit(
         return
     current = _edit_in_batches(current, new, session, batch, {"conflicts": conflicts, "similarity": similarity})
     console.print(f"{show.summary(current)}; stored in {escape(str(session))}")
-
-
-@app.command("eval")
-def evaluate_command(
-    model: Model,
-    records: Annotated[str, typer.Argument(help="CounterFact, zsRE, MQuAKE ... recognised by content; a path or hf://...")],
-    session: Annotated[Path | None, typer.Option(help="a session to evaluate beside the unedited model")] = None,
-    heldout: Annotated[Path | None, typer.Option(help="text for the perplexity, a document a line")] = None,
-    moments: MomentsDir = None,
-    dtype: Dtype = None,
-    columns: Columns = None,
-    sha256: Sha256 = None,
-    zsre_target: ZsreTarget = "answers",
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here, too")] = None,
-) -> None:
-    """Efficacy, generalization, specificity and more of the unedited model and of a session's."""
-    if json_file is not None:
-        show.check_writable(json_file)
-    decoder, tokenizer = load(model, dtype=dtype) if session is None else load_for(session, model, dtype)
-    prepared = prepare(read_facts(records, columns, sha256, zsre_target), tokenizer)
-    texts = None
-    if heldout is not None:
-        texts = prepare_texts(list(lines(heldout)), tokenizer, max_length=decoder.config.max_positions)
-    rows = {UNEDITED: evaluate(decoder, prepared, heldout=texts)}
-    if session is not None:
-        edited = open_session(session, decoder, tokenizer, moments)
-        rows["edited"] = evaluate(edited.model, prepared, heldout=texts)
-    console.print(table(rows))
-    if json_file is not None:
-        content = [{"model": name} | row.to_dict() for name, row in rows.items()]
-        json_file.write_text(json.dumps({"rows": content}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -54,14 +54,17 @@ def complete_until(
 ) -> list[str]:
     """Continue each prompt greedily up to and with the first token that holds one of the marks, or ends a text.
 
-    Nothing but the space that joins it to the prompt is cut, so that whoever compares the answer sees what stopped it.
+    Nothing but the space that joins it to the prompt is cut, so that whoever compares the answer sees what stopped it. All
+    have fewer tokens than `max_new_tokens` where the longest prompt leaves the model no more positions.
 
     Raises:
         KeditError: as `complete`.
     """
     ends = _end_ids(model, tokenizer)
     stops = tuple(sorted({*ends, *_tokens_with(tokenizer, tuple(marks))})) if marks else ends
-    found = _continued(_tokens_of(tokenizer, prompts), model, max_new_tokens, stops)
+    rows, limit = _tokens_of(tokenizer, prompts), model.config.position_limit
+    room = max_new_tokens if limit is None or not rows else limit + 1 - max(map(len, rows))
+    found = _continued(rows, model, max(1, min(max_new_tokens, room)), stops)
     return [_text(tokenizer, _until(ids, ends, _first(ids, stops))).removeprefix(" ") for ids in found]
 
 

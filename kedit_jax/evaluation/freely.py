@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -28,6 +28,20 @@ STOPS = (".", ",", ";", ":", "!", "?", "\n")
 KINDS = ("efficacy", "generalization", "specificity")
 
 
+class Said(NamedTuple):
+    """How a model goes on from a prompt by itself.
+
+    Attributes:
+        said: up to the natural stop, without it.
+        exact: whether `said` is the object asked for, letter by letter.
+        begins: whether it begins with it, as a whole word; what follows is the model's own.
+    """
+
+    said: str
+    exact: bool
+    begins: bool
+
+
 @dataclass(frozen=True)
 class Answer:
     """One prompt, freely continued.
@@ -36,9 +50,7 @@ class Answer:
         record: position of the record that the prompt measures.
         kind: the measure that it belongs to, one of `KINDS`.
         prompt, wanted: what was asked, and the object that was to be said.
-        said: up to the natural stop, without it.
-        exact: whether `said` is the object, letter by letter.
-        begins: whether it begins with it, as a whole word; what follows is the model's own.
+        said, exact, begins: as in `Said`.
     """
 
     record: int
@@ -114,28 +126,40 @@ class FreeText:
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "written"}
 
 
-def answers(model: Decoder, tokenizer: Any, records: Sequence[Record], *, max_new_tokens: int = 50) -> FreeAnswers:
-    """Let a model answer the prompts of records greedily, up to a natural stop (`STOPS`, or the end of a text).
+def ask(model: Decoder, tokenizer: Any, asked: Sequence[tuple[str, str]], *, max_new_tokens: int = 50) -> list[Said]:
+    """Let a model go on from prompts greedily, up to a natural stop (`STOPS`, or the end of a text).
 
     An object that holds such a sign itself, as "St. Gallen" does, is compared beyond it.
 
     Args:
-        records: as they were, or would be, edited.
-        max_new_tokens: of an answer; one that does not stop is compared as far as it goes.
+        asked: pairs of a prompt and the object that it asks for.
+        max_new_tokens: of an answer, or as many as the model has positions; one that does not stop is compared as far as
+            it goes.
 
     Raises:
         KeditError: a prompt without tokens or too long for the model, or `max_new_tokens` below 1.
     """
     if max_new_tokens < 1:
         raise KeditError(f"max_new_tokens={max_new_tokens}: an answer needs at least one token; give 1 or more")
-    asked = [(i, *question) for i, record in enumerate(records) for question in _questions(record)]
-    unstopped = {prompt for *_, prompt, wanted in asked if any(mark in wanted for mark in STOPS)}
-    said: dict[str, str] = {}
-    for prompts, marks in (({prompt for *_, prompt, _ in asked} - unstopped, STOPS), (unstopped, ())):
+    unstopped = {prompt for prompt, wanted in asked if any(mark in wanted for mark in STOPS)}
+    told: dict[str, str] = {}
+    for prompts, marks in (({prompt for prompt, _ in asked} - unstopped, STOPS), (unstopped, ())):
         chosen = sorted(prompts)
         found = complete_until(model, tokenizer, chosen, marks, max_new_tokens=max_new_tokens)
-        said |= dict(zip(chosen, found, strict=True))
-    marked = tuple(_answer(i, kind, prompt, wanted, said[prompt]) for i, kind, prompt, wanted in asked)
+        told |= dict(zip(chosen, found, strict=True))
+    return [_said(told[prompt], wanted) for prompt, wanted in asked]
+
+
+def answers(model: Decoder, tokenizer: Any, records: Sequence[Record], *, max_new_tokens: int = 50) -> FreeAnswers:
+    """Let a model answer the prompts of records by itself (arguments and errors: see `ask`).
+
+    Args:
+        records: as they were, or would be, edited.
+    """
+    asked = [(i, *question) for i, record in enumerate(records) for question in _questions(record)]
+    pairs = [(prompt, wanted) for _, _, prompt, wanted in asked]
+    found = ask(model, tokenizer, pairs, max_new_tokens=max_new_tokens)
+    marked = tuple(Answer(*question, *said) for question, said in zip(asked, found, strict=True))
     return FreeAnswers(**_shares(marked, len(records)), n=len(records), answers=marked)
 
 
@@ -254,13 +278,13 @@ def _questions(record: Record) -> list[tuple[str, str, str]]:
     return found + [("specificity", fact.prompt, fact.target) for fact in record.neighborhood_facts]
 
 
-def _answer(record: int, kind: str, prompt: str, wanted: str, text: str) -> Answer:
-    """Compare what was said, which may go beyond the natural stop, with the object."""
+def _said(text: str, wanted: str) -> Said:
+    """What was said, of a text that may go beyond the natural stop, compared with the object."""
     text, wanted = text.lstrip(), wanted.strip()
     begins = text.startswith(wanted) and not re.match(r"\w", text[len(wanted) :])
     beyond = len(wanted) if begins else 0
     said = text[: min((text.index(mark, beyond) for mark in STOPS if mark in text[beyond:]), default=len(text))].strip()
-    return Answer(record, kind, prompt, wanted, said, said == wanted, begins)
+    return Said(said, said == wanted, begins)
 
 
 def _shares(marked: Sequence[Answer], n: int) -> dict[str, float | None]:

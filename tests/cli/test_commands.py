@@ -43,8 +43,9 @@ RECORD = {
     "paraphrase_prompts": ["The cat saw Alice Smith. Alice Smith plays"],
     "neighborhood_prompts": ["Bob Stone plays the"],
     "attribute_prompts": [],
-    "generation_prompts": [],
+    "generation_prompts": ["Alice Smith likes"],
 }
+CATS = [{"context": "The old dog saw a", "choices": ["cat", "house"], "gold": gold} for gold in (0, 1)]
 OPTIONS = ["--layers", "1,2", "--moment-weight", "10"]
 
 Kedit = Callable[..., str]
@@ -68,6 +69,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus.txt").write_text("\n".join(TEXTS * 12))
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
     (folder / "records.json").write_text(json.dumps([RECORD]))
+    (folder / "cats.jsonl").write_text("".join(json.dumps(question) + "\n" for question in CATS))
     return folder
 
 
@@ -103,11 +105,25 @@ def test_a_session_from_the_first_fact_to_the_last(home: Path, kedit: Kedit) -> 
     assert "bob" in log
     assert "2 facts stand, written by memit (aligned) into layers 1, 2" in log
 
-    kedit("eval", "model", "records.json", "--session", "s", "--heldout", "corpus.txt", "--json", "scores.json")
+    evaluate = ["eval", "model", "records.json", "--session", "s", "--heldout", "corpus.txt", "--json", "scores.json"]
+    also = ["--generation", "--fluency", "--references", "corpus.txt", "--ability", "cats.jsonl", "--report", "s.html"]
+    printed = kedit(*evaluate, *also)
+    assert "left to speak" in printed
+    assert "cats" in printed
     rows = {row["model"]: row for row in json.loads((home / "scores.json").read_text())["rows"]}
     assert set(rows) == {"unedited", "edited"}
     assert all(np.isfinite(row["perplexity"]) for row in rows.values())
     assert rows["edited"]["perplexity"] != rows["unedited"]["perplexity"]
+    for row in rows.values():
+        assert row["free_answers"]["n"] == row["free_text"]["n"] == row["free_text"]["n_consistency"] == 1
+        assert row["free_text"]["fluency"] > 0
+        assert row["ability"]["cats"] | {"accuracy": 0, "f1": 0} == {"accuracy": 0, "f1": 0, "chance": 50, "n": 2}
+    told, html = json.loads((home / "scores.json").read_text())["session"], (home / "s.html").read_text()
+    assert told["equivalence_error"] < 1e-10
+    assert f'value="{told["equivalence_error"]!r}"' in html
+    assert [batch["facts"] for batch in told["batches"]] == [1, 1]
+    assert "The cat saw Alice Smith. Alice Smith plays" in html, "a paraphrase, completed before and after"
+    assert "Bob Stone speaks → French" in html, "what was taken back"
 
 
 def test_a_history_as_a_person_reads_it(home: Path, kedit: Kedit) -> None:
@@ -224,6 +240,14 @@ def test_stats_tell_what_the_sample_is_worth(kedit: Kedit) -> None:
         (["log", "--session", "x"], "no session in 'x'"),
         (["retract", "model", "bob", "--session", "x"], "no session in 'x'"),
         (["stats", "model", "--corpus", "none.txt", "--layers", "1"], "cannot read 'none.txt'"),
+        (["eval", "model", "records.json", "--report", "r.html"], "--report makes a page of a session; name its folder"),
+        (["eval", "model", "records.json", "--ability", "none.jsonl"], "none.jsonl"),
+        (["eval", "model", "records.json", "--ability", "glue=cats.jsonl"], "there is no task 'glue'; there are sst2"),
+        (
+            ["eval", "model", "records.json", "--ability", "facts.jsonl"],
+            "are of no known task; give context, choices",
+        ),
+        (["eval", "model", "records.json", *["--ability", "cats.jsonl"] * 2], "--ability names cats more than once"),
     ],
 )
 def test_bad_input_is_one_message(home: Path, kedit: Kedit, args: list[str], message: str) -> None:

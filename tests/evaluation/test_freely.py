@@ -44,6 +44,7 @@ def test_a_text_ends_where_the_model_has_no_more_positions(
     model: Decoder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
+    limit = model.config.max_positions
 
     def silent(model: Decoder, tokens: Any, valid: Any, n_new: int, **_: Any) -> np.ndarray:
         asked.append(int(valid.sum(1).max()) + n_new)
@@ -52,7 +53,8 @@ def test_a_text_ends_where_the_model_has_no_more_positions(
     monkeypatch.setattr(completions, "generate", silent)
     sample_texts(model, tokenizer, PROMPTS, max_tokens=1000)
     sample_texts(model, tokenizer, PROMPTS[:1], max_tokens=30)
-    assert asked == [model.config.max_positions + 1, 30], "the last new token takes no position"
+    complete_until(model, tokenizer, PROMPTS, (), max_new_tokens=1000)
+    assert asked == [limit + 1, 30, limit + 1], "the last new token takes no position"
     with pytest.raises(KeditError, match=r"1 'Ada Quill was born in': \d+ tokens"):
         sample_texts(model, tokenizer, PROMPTS[:1], max_tokens=3)
     assert sample_texts(model, tokenizer, []) == []
@@ -69,6 +71,9 @@ def test_up_to_the_first_mark(model: Decoder, tokenizer: Any) -> None:
 
     until = complete_until(model, tokenizer, PROMPTS, (mark,), max_new_tokens=6)
     assert until == [expected(row) for row in ids]
+    long = "Ada Quill saw " * (model.config.max_positions // 3)
+    with pytest.raises(KeditError, match="positions are needed"):
+        complete_until(model, tokenizer, [long], ())
     assert len(until[0]) < len(tokenizer.decode(ids[0]))
 
 
@@ -89,8 +94,8 @@ def test_up_to_the_first_mark(model: Decoder, tokenizer: Any) -> None:
     ],
 )
 def test_what_counts_as_said(wanted: str, text: str, said: str, exact: bool, begins: bool) -> None:
-    found = freely._answer(0, "efficacy", "p", wanted, text)
-    assert (found.said, found.exact, found.begins) == (said, exact, begins)
+    found = freely._said(text, wanted)
+    assert found == (said, exact, begins)
 
 
 class Told:
