@@ -51,7 +51,7 @@ class Result:
 
     @property
     def what(self) -> Mapping[str, Any]:
-        return self.header["what"]  # type: ignore[no-any-return]
+        return self.header["what"]
 
     def last(self, measure: str) -> float | None:
         """The measure at the last line that has it."""

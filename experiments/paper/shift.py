@@ -59,7 +59,9 @@ class ShiftConfig:
 
 
 def runs(config: ShiftConfig, stage: Stage, seed: int) -> list[Run]:
-    """Every editor in every variant."""
+    """Every editor in every variant. Raises KeditError where t-SNE is asked for and scikit-learn is missing."""
+    if config.tsne:
+        _tsne()
     records, made = stage.chosen(seed, config.edits), []
     asked = bystanders(stage, records, config.prompts)
     for editor in config.editors:
@@ -160,14 +162,19 @@ def principal(before: Float[np.ndarray, "n d"], after: Float[np.ndarray, "n d"])
 
 def neighbours(before: Float[np.ndarray, "n d"], after: Float[np.ndarray, "n d"]) -> Plane:
     """Both embedded together by t-SNE. Raises KeditError without scikit-learn."""
+    embedding = _tsne()
+    joint = np.concatenate([before, after])
+    perplexity = min(30.0, (len(joint) - 1) / 3)
+    placed = embedding(init="pca", perplexity=perplexity, random_state=0).fit_transform(joint)
+    return placed[: len(before)], placed[len(before) :]
+
+
+def _tsne() -> Any:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise KeditError("t-SNE needs scikit-learn: pip install 'kedit-jax[experiments]', or set tsne: false") from error
-    joint = np.concatenate([before, after])
-    perplexity = min(30.0, (len(joint) - 1) / 3)
-    placed = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(joint)
-    return placed[: len(before)], placed[len(before) :]
+    return TSNE
 
 
 def _short(points: Float[np.ndarray, "n 2"]) -> list[list[float]]:

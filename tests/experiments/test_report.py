@@ -101,12 +101,15 @@ def test_negative_control_other_results_give_the_other_verdict(tmp_path: Path) -
 def test_unfinished_and_failed_runs_are_told(tmp_path: Path) -> None:
     folder = results(tmp_path, 60.0)
     stored(folder, "memit-unaligned", 0, {"editor": "memit", "variant": "unaligned"}, [line(100, 99.0)], end=False)
-    failed = [{"step": 1, "edits": 100, "failed": "the update is not finite"}]
+    failed = [line(100, 1.0), {"step": 2, "edits": 200, "failed": "the update is not finite"}]
     stored(folder, "rect-unaligned", 1, {"editor": "rect", "variant": "unaligned"}, failed)
+    for seed in (0, 1):
+        stored(folder, "prune-unaligned", seed, {"editor": "prune", "variant": "unaligned"}, failed[1:])
     report = write_report(folder, tmp_path).read_text()
     assert "1 runs are not complete" in report
-    assert "no result: the update is not finite" in report
-    assert "Runs that ended without a result: main/rect-unaligned" in report
+    assert "| rect-unaligned (1 of 2 without a result: the update is not finite) | 2 | 60.0 |" in report
+    assert "| prune-unaligned | 2 | no result: the update is not finite |" in report
+    assert "Runs that ended without a result: main/prune-unaligned, main/rect-unaligned" in report
 
 
 @pytest.mark.usefixtures("unseen")

@@ -100,7 +100,7 @@ def by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
 
     def place(result: Result) -> tuple[int, int]:
         named = (result.what.get("editor"), COLOURS), (result.what.get("variant"), LINES)
-        editor, variant = (list(known).index(name) if name in known else len(known) for name, known in named)
+        editor, variant = (list(known).index(str(name)) if name in known else len(known) for name, known in named)
         return editor, variant
 
     for result in sorted(results, key=place):
@@ -109,8 +109,8 @@ def by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def last(runs: Sequence[Result], column: str) -> Spread | None:
-    """A measure at the end, over seeds."""
-    return spread_of(run.last(column) for run in runs)
+    """A measure at the end, over seeds; runs that stopped before have none."""
+    return spread_of(run.last(column) for run in runs if failure(run) is None)
 
 
 def mean(runs: Sequence[Result] | None, column: str) -> float | None:
@@ -125,16 +125,13 @@ def measured_table(rows: Mapping[str, Sequence[Result]], columns: Sequence[str],
     head = [heading, "seeds", *(f"{COLUMNS[name].label}{', %' if COLUMNS[name].unit else ''}" for name in there)]
     lines = []
     for name, runs in rows.items():
-        failures = [failure(run) for run in runs if failure(run)]
-        cells = [text_of(last(runs, column), column) for column in there]
-        lines.append(
-            [name, str(len(runs)), *cells] if not failures else [name, str(len(runs)), *_failed(failures, len(there))]
-        )
+        failures = [reason for run in runs if (reason := failure(run)) is not None]
+        if len(failures) == len(runs):
+            lines.append([name, str(len(runs)), f"no result: {failures[0]}", *[""] * (len(there) - 1)])
+            continue
+        told = f" ({len(failures)} of {len(runs)} without a result: {failures[0]})" if failures else ""
+        lines.append([name + told, str(len(runs)), *(text_of(last(runs, column), column) for column in there)])
     return table(head, lines)
-
-
-def _failed(failures: Sequence[str], width: int) -> list[str]:
-    return [f"no result: {failures[0]}", *[""] * (width - 1)]
 
 
 def failure(run: Result) -> str | None:

@@ -195,13 +195,13 @@ def conflicts(place: Place, results: Sequence[Result], columns: Sequence[str]) -
         for number, (column, colour, hatch) in enumerate(
             zip(shown, ("#0072B2", "#D55E00", "#009E73"), ("", "//", ".."), strict=True)
         ):
-            found = [(at, value) for at, name in enumerate(names) if (value := last(rows[name], column))]
-            where = [at + 0.27 * (number - 1) for at, _ in found]
+            bars = [(at, value) for at, name in enumerate(names) if (value := last(rows[name], column))]
+            where = [at + 0.27 * (number - 1) for at, _ in bars]
             axes.bar(
                 where,
-                [v.mean for _, v in found],
+                [v.mean for _, v in bars],
                 0.25,
-                yerr=[v.deviation or 0 for _, v in found],
+                yerr=[v.deviation or 0 for _, v in bars],
                 color=colour,
                 hatch=hatch,
                 edgecolor="white",
