@@ -14,7 +14,7 @@ demo: .venv/.installed
 	MALLOC_ARENA_MAX=1 $(BIN)/kedit demo $(ARGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -22,6 +22,7 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS: Mapping[str, Experiment] = {
     "main": Experiment(main_table.MainConfig, main_table.runs),
+    "half": Experiment(main_table.MainConfig, main_table.runs),
     "necessity": Experiment(necessity.NecessityConfig, necessity.runs),
     "norms": Experiment(byproducts.ByproductConfig, None),
     "ripple": Experiment(byproducts.ByproductConfig, None),

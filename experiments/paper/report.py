@@ -28,6 +28,12 @@ CHAPTERS: Mapping[str, Chapter] = {
         "for its post-processing, unaligned (history left out), and with all facts at once.",
         main_table.section,
     ),
+    "half": Chapter(
+        "Half as many edits",
+        "The main table at 1,000 edits, each of another subject. The world has 1,054 subjects that can be edited, so among "
+        "2,000 facts most subjects have two: those share one key, at the subject's last token, and no edit can meet both.",
+        main_table.section,
+    ),
     "necessity": Chapter(
         "Is regularisation necessary?",
         "The strength of each regulariser from off to strong, and beside it what leaving the history out costs there. "

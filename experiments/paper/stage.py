@@ -156,13 +156,17 @@ class Stage:
         return start_session(self.model, self.tokenizer, self.moments, settings, priors=self.folder if kept else None)
 
     def chosen(self, seed: int, count: int) -> list[Record]:
-        """The seed's facts in its order."""
+        """The seed's facts in its order, each of another subject where there are so many.
+
+        Two facts of one subject have one key, and an edit can meet only what lies between their targets.
+        """
         if count > len(self.records):
             raise KeditError(
                 f"{count} edits, but {self.name} has {len(self.records)} facts that can be edited; ask for fewer"
             )
-        order = np.random.default_rng(seed).permutation(len(self.records))
-        return [self.records[place] for place in order[:count]]
+        order = [self.records[place] for place in np.random.default_rng(seed).permutation(len(self.records))]
+        others = list({record.subject: record for record in reversed(order)}.values())[::-1]
+        return (others if count <= len(others) else order)[:count]
 
     def header(self, settings: EditSettings, records: Sequence[Record]) -> dict[str, Any]:
         """All that decides the result of editing these records in this order."""
