@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.machine import cores, processor
+
 
 def pin(core: int) -> None:
     """Hold this process, and all that it starts from now on, to one core."""
@@ -26,11 +28,10 @@ def pin(core: int) -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     packages = ("jax", "jaxlib", "torch", "transformers", "numpy", "scipy")
     return {
-        "processor": named[0] if named else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor(),
+        "cores": cores(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }

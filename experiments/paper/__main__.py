@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,7 @@ def run_experiment(name: str, config: Any, stage: Stage, out: Path, console: Con
     make, todo = EXPERIMENTS[name].runs, []
     assert make is not None  # noqa: S101
     done = 0
-    say: Say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
+    say: Say = partial(console.print, highlight=False, soft_wrap=True)
     for seed in config.seeds:
         for run in make(config, stage, seed):
             path = out / name / stage.name / f"seed-{seed}" / f"{run.name}.jsonl"
@@ -102,6 +103,8 @@ def run_experiment(name: str, config: Any, stage: Stage, out: Path, console: Con
                 todo.append((seed, run, log))
     if done:
         console.print(f"{name}: {done} runs are complete")
+    if not todo:
+        return
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(),
@@ -113,8 +116,7 @@ def run_experiment(name: str, config: Any, stage: Stage, out: Path, console: Con
         for number, (seed, run, log) in enumerate(todo, start=1):
             progress.update(task, description=f"{name}: seed {seed} {run.name} ({number} of {len(todo)})")
             _Counted(run, lambda edits: progress.advance(task, edits))(log)
-    if todo:
-        console.print(f"{name}: {len(todo)} runs, {time.process_time() - began:.0f} CPU-s")
+    console.print(f"{name}: {len(todo)} runs, {time.process_time() - began:.0f} CPU-s")
 
 
 def _header(header: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,6 @@ class HorizonConfig:
         steps: of one edit each.
         measure_every: steps between two lines.
         first: constraints whose retention is followed.
-        collapse: percent of the first constraints' residuals unmet from which on a variant counts as collapsed.
     """
 
     seeds: tuple[int, ...]
@@ -60,7 +59,6 @@ class HorizonConfig:
     steps: int
     measure_every: int
     first: int
-    collapse: float
     variants: tuple[str, ...]
     end_to_end: EndToEnd
     columns: tuple[str, ...]
@@ -74,7 +72,6 @@ class HorizonConfig:
                 f"first is {self.first}; only {self.source_edits} constraints are the model's",
             ),
             (self.measure_every >= 1, f"measure_every is {self.measure_every}; give 1 or more"),
-            (0 < self.collapse <= 100, f"collapse is {self.collapse}; it is a percentage"),
         )
         check_columns(self.columns)
 
@@ -212,15 +209,13 @@ def _edited(
 ) -> None:
     part = config.end_to_end
     steps = in_batches(records, part.batch)
-    norms: list[Norms] = []
+    norms = Norms(stage.model, settings.layers)
 
     def measure(session: EditSession, step: EditDelta, number: int) -> dict[str, Any]:
-        if not norms:
-            norms.append(Norms(session))
         if number % part.evaluate_every and number < len(steps):
             return {}
         edits = min(number * part.batch, len(records))
-        line: dict[str, Any] = norms[0](step, session.delta)
+        line: dict[str, Any] = norms(step, session.delta)
         return line | quality(session.model, edits, part.sample) | cost(stage, session.model)
 
     run_steps(stage, settings, steps, log, measure, tick, save_every=part.save_every)

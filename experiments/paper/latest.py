@@ -84,12 +84,10 @@ def _edited(
     tick: Tick,
 ) -> None:
     steps = in_batches(records, config.batch)
-    norms: list[Norms] = []
+    norms = Norms(stage.model, settings.layers)
 
     def measure(session: EditSession, step: EditDelta, number: int) -> dict[str, Any]:
-        if not norms:
-            norms.append(Norms(session))
-        line: dict[str, Any] = {**norms[0](step, session.delta), "drift": unmet(session)}
+        line: dict[str, Any] = {**norms(step, session.delta), "drift": unmet(session)}
         if number % config.evaluate_every == 0 or number in (1, len(steps)):
             size = steps[number - 1].size
             line |= quality[number - 1](session.model, size, size) | cost(stage, session.model)

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 
 from experiments.paper.config import check
-from experiments.paper.measures import Norms, Quality, check_columns, cost, distance, drifted, freely, unmet
+from experiments.paper.measures import Norms, Quality, check_columns, cost, drifted, freely, unmet
 from experiments.paper.results import Log
 from experiments.paper.running import Run, Step, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, apply_edits
-from kedit_jax.editing import EditSession, EditSettings
-from kedit_jax.editing import keys as reading
-from kedit_jax.editing.budget import micro_batches
-from kedit_jax.editing.tokens import encode_requests
+from kedit_jax.editing import EditSession, EditSettings, equivalence_error
+from kedit_jax.editing.drift import keys_now
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import Record
 from kedit_jax.models import down_kernel_address
@@ -123,20 +121,18 @@ def _edited(
     tick: Tick,
 ) -> None:
     steps: list[Step] = in_batches(records, size)
-    norms: list[Norms] = []  # reads the kernels; made with the first session
+    norms = Norms(stage.model, settings.layers)
 
     def measure(session: EditSession, step: EditDelta, number: int) -> dict[str, Any]:
-        if not norms:
-            norms.append(Norms(session))
         edits, end = min(number * size, len(records)), number == len(steps)
-        line: dict[str, Any] = norms[0](step, session.delta)
+        line: dict[str, Any] = norms(step, session.delta)
         if end or edits in config.evaluate_at:
             line |= quality(session.model, edits, config.sample_at_end if end else config.sample) | cost(
                 stage, session.model
             )
         if end:
             line |= {
-                "distance": distance(session),
+                "distance": equivalence_error(session),
                 "drift": unmet(session),
                 **freely(stage, session.model, records, config.free_records),
             }
@@ -172,18 +168,8 @@ def reread(session: EditSession) -> EditDelta:
     """
     if not session.facts or session.compacted:
         raise KeditError("keys can be read again for sessions that record all their facts")
-    settings, config = session.settings, session.base.config
-    rows = encode_requests(session.tokenizer, session.facts, session.prefixes, max_positions=config.max_positions)
-    layouts = micro_batches(config, settings, rows, itemsize=session.base.dtype.itemsize)
-    model, top, updates = session.model, settings.layers[-1], {}
-    streams, at = [reading.enter(model, layout) for layout in layouts], 0
-    for layer in settings.layers:
-        read = [
-            reading.read(model, stream, at, layer, top, layout.n_contexts)
-            for stream, layout in zip(streams, layouts, strict=True)
-        ]
-        streams, at = [stream for stream, _ in read], layer
-        now = np.concatenate([np.asarray(seen.keys, np.float64) for _, seen in read])[: len(session.facts)]
+    updates = {}
+    for layer, now in keys_now(session).items():
         site, held = session.site(layer), session.layers[layer].constraints
         residuals = held.residuals + (np.asarray(held.keys, np.float64) - now) @ np.asarray(site.kernel, np.float64)
         with solve.float64():

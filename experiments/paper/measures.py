@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.paper.stage import Stage, spread
 from kedit_jax.delta import EditDelta, host_kernel
-from kedit_jax.editing import EditSession, equivalence_error, key_drift
+from kedit_jax.editing import EditSession, key_drift
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import (
     Prepared,
@@ -170,11 +170,8 @@ def cost(stage: Stage, model: Decoder) -> dict[str, Any]:
 class Norms:
     """Frobenius norms over all edited kernels together."""
 
-    def __init__(self, session: EditSession) -> None:
-        self._kernels = {
-            down_kernel_address(n): host_kernel(session.base, down_kernel_address(n)).astype(np.float64)
-            for n in session.settings.layers
-        }
+    def __init__(self, model: Decoder, layers: Sequence[int]) -> None:
+        self._kernels = {name: host_kernel(model, name).astype(np.float64) for name in map(down_kernel_address, layers)}
         self._original = _norm(self._kernels.values())
 
     def __call__(self, step: EditDelta, total: EditDelta) -> dict[str, float]:
@@ -210,11 +207,6 @@ def unmet(session: EditSession) -> float:
         left.append(weighted + (pulled if basis is None else basis.T @ pulled))
         right.append(wanted if basis is None else basis.T @ wanted)
     return _norm(left) / _norm(right)
-
-
-def distance(session: EditSession) -> float:
-    """|sum of steps - one-time edit| / |one-time edit| of the constraints that the session recorded."""
-    return equivalence_error(session)
 
 
 def drifted(session: EditSession) -> dict[str, float]:

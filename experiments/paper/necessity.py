@@ -11,12 +11,12 @@ from typing import Any
 
 from experiments.paper.config import check
 from experiments.paper.main_table import VARIANTS
-from experiments.paper.measures import Norms, Quality, check_columns, cost, distance
+from experiments.paper.measures import Norms, Quality, check_columns, cost
 from experiments.paper.results import Log
 from experiments.paper.running import Run, Tick, in_batches, run_steps, unedited
 from experiments.paper.stage import Stage
 from kedit_jax.delta import EditDelta
-from kedit_jax.editing import EditSession, EditSettings
+from kedit_jax.editing import EditSession, EditSettings, equivalence_error
 from kedit_jax.evaluation import Record
 
 
@@ -99,11 +99,12 @@ def _edited(
     tick: Tick,
 ) -> None:
     steps = in_batches(records, config.batch)
+    norms = Norms(stage.model, settings.layers)
 
     def measure(session: EditSession, step: EditDelta, number: int) -> dict[str, Any]:
         if number < len(steps):
             return {}
-        line: dict[str, Any] = {**Norms(session)(step, session.delta), "distance": distance(session)}
+        line: dict[str, Any] = {**norms(step, session.delta), "distance": equivalence_error(session)}
         return line | quality(session.model, len(records), config.sample) | cost(stage, session.model)
 
     run_steps(stage, settings, steps, log, measure, tick, kept=kept)

@@ -30,8 +30,7 @@ CHAPTERS: Mapping[str, Chapter] = {
     ),
     "half": Chapter(
         "Half as many edits",
-        "The main table at 1,000 edits, each of another subject. The world has 1,054 subjects that can be edited, so among "
-        "2,000 facts most subjects have two: those share one key, at the subject's last token, and no edit can meet both.",
+        "The main table with half as many edits: of the embedded model, each of another subject.",
         main_table.section,
     ),
     "necessity": Chapter(

@@ -99,9 +99,10 @@ def _edited(
     tick: Tick,
 ) -> None:
     steps = in_batches(records, config.batch)
+    norms = Norms(stage.model, settings.layers)
 
     def measure(session: EditSession, step: EditDelta, number: int) -> dict[str, Any]:
-        line: dict[str, Any] = Norms(session)(step, session.delta)
+        line: dict[str, Any] = norms(step, session.delta)
         if number < len(steps):
             return line
         before, after = (hidden_states(model, stage.tokenizer, asked) for model in (session.base, session.model))

@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.machine import cores, processor
 from experiments.paper.config import FOLDER, built, read_yaml
 from kedit_jax import assets
+from kedit_jax.cli.common import lines
 from kedit_jax.editing import PRESETS, EditSession, EditSettings, Moments, compute_moments, start_session
 from kedit_jax.editing.prefixes import sample_prefixes
 from kedit_jax.editing.presets import check_preset, overridden
@@ -214,8 +215,8 @@ def open_stage(name: str, choice: Choice, sources: Sources, folder: Path, progre
     else:
         weights, paths = _found(name, choice, sources)
         records = tuple(read_records(paths["records"]))
-        corpus = _lines(paths["corpus"])
-        heldout = _lines(paths["heldout"]) if "heldout" in paths else []
+        corpus = list(lines(paths["corpus"]))
+        heldout = list(lines(paths["heldout"])) if "heldout" in paths else []
         tasks = [read_task(path) for path in sources.ability or sorted((FOLDER / "data" / name / "ability").glob("*.json*"))]
     model, tokenizer = load(weights, dtype=np.float32 if name == EMBEDDED else None)
     if choice.preset is not None:
@@ -290,14 +291,6 @@ def _found(name: str, choice: Choice, sources: Sources) -> tuple[Path, dict[str,
     return found.pop("weights"), found
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise KeditError(f"cannot read text from {str(path)!r}: {error}") from error
-    return [line for line in lines if line]
-
-
 def fingerprint(content: Any) -> str:
     """sha256 of anything that JSON holds."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -312,8 +305,4 @@ def hardware() -> dict[str, Any]:
     """Processor, cores and accelerator; never the machine's name."""
     import jax
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": named[0] if named else platform.machine(), "cores": cores, "device": jax.devices()[0].device_kind}
+    return {"processor": processor(), "cores": cores(), "device": jax.devices()[0].device_kind}

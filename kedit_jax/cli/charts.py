@@ -54,7 +54,7 @@ def lines(series: Mapping[str, Points], *, title: str, x: str, y: str, top: floa
             ]
     parts.append(f'<text class="axis" text-anchor="middle" x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}">{escape(x)}</text>')
     legend = "" if len(series) == 1 else _legend({name: f"s{1 + i % (COLOURS - 1)}" for i, name in enumerate(series)})
-    return _figure(title, f"{y}", HEIGHT, "".join(parts), legend)
+    return _figure(title, y, HEIGHT, "".join(parts), legend)
 
 
 def bars(rows: Mapping[str, Mapping[str, float | None]], *, title: str, note: str, top: float = 100.0) -> str:

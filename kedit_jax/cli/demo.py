@@ -70,7 +70,7 @@ class Stage(NamedTuple):
     heldout: PreparedTexts
     moments: Moments
     folder: Path  # of the moments, and what is factored of them
-    empty: dict[EditSettings, EditSession]
+    empty: dict[EditSettings, EditSession]  # filled as they are begun: factors are read and checked once
 
     def begun(self, settings: EditSettings) -> EditSession:
         """A session without edits."""

@@ -46,6 +46,19 @@ def key_drift(session: EditSession) -> Mapping[int, Drift]:
     Raises:
         SessionError: no fact with a recorded key.
     """
+    ids = tuple(str(fact.id) for fact in session.facts[session.compacted :])
+    return {
+        layer: _compare(ids, now, np.asarray(session.layers[layer].constraints.keys))
+        for layer, now in keys_now(session).items()
+    }
+
+
+def keys_now(session: EditSession) -> Mapping[int, Float[np.ndarray, "m k"]]:
+    """The keys that the edited model makes of the recorded facts, for every edited layer, float64.
+
+    Raises:
+        SessionError: no fact with a recorded key.
+    """
     facts = session.facts[session.compacted :]
     if not facts:
         raise SessionError("the session records no keys: it holds no facts, or all of them were compacted")
@@ -57,10 +70,7 @@ def key_drift(session: EditSession) -> Mapping[int, Drift]:
             for stream, layout in zip(streams, layouts, strict=True)
         ]
         streams, at = [stream for stream, _ in read], layer
-        now = np.concatenate([np.asarray(r.keys, np.float64) for _, r in read])[: len(facts)]
-        found[layer] = _compare(
-            tuple(str(fact.id) for fact in facts), now, np.asarray(session.layers[layer].constraints.keys)
-        )
+        found[layer] = np.concatenate([np.asarray(r.keys, np.float64) for _, r in read])[: len(facts)]
     return found
 
 

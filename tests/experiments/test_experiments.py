@@ -111,7 +111,7 @@ def test_a_strength_without_solution_is_told_and_others_go_on(stage: Stage, tmp_
 
 def test_the_horizon_continues_and_keeps_the_first_constraints_when_aligned(stage: Stage, tmp_path: Path) -> None:
     end = horizon.EndToEnd(3, 3, 1, 3, 0)
-    config = horizon.HorizonConfig((0,), "memit", 6, 3, 40, 10, 3, 50.0, ("aligned", "unaligned"), end, ("first_residual",))
+    config = horizon.HorizonConfig((0,), "memit", 6, 3, 40, 10, 3, ("aligned", "unaligned"), end, ("first_residual",))
     runs = [run for run in horizon.runs(config, stage, 0) if run.name.startswith("solver")]
     found = computed("horizon", runs, tmp_path)
     aligned, unaligned = (found[f"solver-{variant}"].series("first_residual")[1] for variant in ("aligned", "unaligned"))
@@ -134,7 +134,7 @@ def test_the_unaligned_step_is_the_library_s(stage: Stage, history: list[EditSes
         wanted = solve.run(site.prior, np.asarray(site.kernel, np.float64), blocks, mode="unaligned")
     end = horizon.EndToEnd(3, 3, 1, 3, 0)
     config = horizon.HorizonConfig(
-        (0,), "memit", stack.size, 3, stack.size, stack.size, 3, 50.0, ("unaligned",), end, ("first_residual",)
+        (0,), "memit", stack.size, 3, stack.size, stack.size, 3, ("unaligned",), end, ("first_residual",)
     )
     log = Log.open(tmp_path / "run.jsonl", {"run": "x"})
     horizon._solved(config, stage, settings, lambda: stack, 0, "unaligned", log, lambda _: None)

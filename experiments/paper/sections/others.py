@@ -94,7 +94,7 @@ def necessity(place: Place, results: Sequence[Result], columns: Sequence[str]) -
     blocks = [claims_table([claim for sweep in sweeps for claim in _swept(sweep, rows)])]
     for sweep in sweeps:
         own = {_named(runs[0]): runs for runs in rows.values() if runs[0].what["sweep"] == sweep}
-        blocks.append(measured_table(before | own, columns, heading=f"{sweep}"))
+        blocks.append(measured_table(before | own, columns, heading=sweep))
     blocks.append(_sweeps_figure(place, rows, sweeps))
     return blocks
 
