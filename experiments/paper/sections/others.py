@@ -18,6 +18,7 @@ from experiments.paper.sections.common import (
     mean,
     measured_table,
     points,
+    shared_legend,
     variant_of,
 )
 
@@ -211,7 +212,7 @@ def conflicts(place: Place, results: Sequence[Result], columns: Sequence[str]) -
         axes.set_xticks(range(len(names)), names)
         axes.set_xlabel("policy")
         axes.set_ylabel("facts answered so, exact match (%)")
-        axes.legend(fontsize="x-small")
+        shared_legend([axes], 3)
         axes.grid(alpha=0.3, axis="y")
     caption = "Answers that should hold, answers that no longer should, and original objects of facts taken back"
     return [claims_table(claims), measured_table(rows, columns, heading="policy"), place.image("policies", caption)]
