@@ -40,6 +40,9 @@ QUICK_TRAIN = TrainConfig(
 )
 QUICK_CORPUS = CorpusConfig(documents=20, held_out=10)
 
+WIDE_WORLD = WorldConfig(people=1040, companies=520, places=520, facts=1)
+WIDE_TRAIN = TrainConfig(d_ff=4096, steps=3000)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -47,6 +50,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     seed: Annotated[int, typer.Option(help="of the world, the initial weights and the order of training")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="a tiny model in seconds, to test the pipeline")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="twice the subjects and the keys' width, for 2,000 edits")] = False,
     assets: Annotated[Path | None, typer.Option(help="where the model and its data go (default: the package)")] = None,
     run: Annotated[Path | None, typer.Option(help="where the checkpoint is kept (default: runs/)")] = None,
     every: Annotated[int, typer.Option(help="steps between checkpoints", min=1)] = 100,
@@ -54,10 +58,12 @@ def main(
 ) -> None:
     """Train the embedded model and write it with its data. An interrupted training continues where its checkpoint is."""
     console = Console()
-    world = build_world(replace(QUICK_WORLD if quick else WorldConfig(), seed=seed))
-    config = replace(QUICK_TRAIN if quick else TrainConfig(), seed=seed)
-    run = run or RUNS / ("facts_lm_quick" if quick else "facts_lm")
-    assets = assets or (run / "assets" if quick else ASSETS)
+    if quick and wide:
+        raise typer.BadParameter("--quick and --wide are two sizes; give one")
+    world = build_world(replace(QUICK_WORLD if quick else WIDE_WORLD if wide else WorldConfig(), seed=seed))
+    config = replace(QUICK_TRAIN if quick else WIDE_TRAIN if wide else TrainConfig(), seed=seed)
+    run = run or RUNS / ("facts_lm_quick" if quick else "facts_lm_wide" if wide else "facts_lm")
+    assets = assets or (run / "assets" if quick or wide else ASSETS)
     tokenizer = train_tokenizer(world, vocab_size=config.vocab_size, seed=seed)
     console.print(
         f"{len(world.subjects):,} subjects, {len(world.facts):,} facts and {len(world.types):,} types, "

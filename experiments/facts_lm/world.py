@@ -1,8 +1,8 @@
 """The invented world: who and what there is, what is true of them, and the edits that can be asked for.
 
-Everything follows from one seed. Subjects come in two groups. The editable ones have two facts each, and every such fact is
-one record in CounterFact's schema. The reserve ones are never edited: they are the neighbours, so each object of each
-relation is held by `NEIGHBOURS` of them. Every subject also has a type ("... is a river").
+Everything follows from one seed. Subjects come in two groups. The editable ones have two facts each (one in the wide world),
+and every such fact is one record in CounterFact's schema. The reserve ones are never edited: they are the neighbours, so
+each object of each relation is held by `NEIGHBOURS` of them. Every subject also has a type ("... is a river").
 """
 
 import random
@@ -16,7 +16,6 @@ from experiments.facts_lm.words import RELATIONS, Relation
 
 NEIGHBOURS = 4  # reserve subjects for each object of each relation
 HELD_OUT_STATEMENTS = 2  # of a fact's eight; they become its paraphrases
-FACTS_PER_EDITABLE = 2
 FACTS_PER_RESERVE = 3
 KINDS = ("person", "company", "place")
 
@@ -28,6 +27,7 @@ class WorldConfig:
     people: int = 526
     companies: int = 264
     places: int = 264
+    facts: int = 2  # of each editable subject
     objects: int = 18  # of each relation, taken evenly from its pool
     seed: int = 0
 
@@ -73,9 +73,9 @@ def build_world(config: WorldConfig | None = None) -> World:
     relations = tuple(relation._replace(objects=_evenly(relation.objects, config.objects)) for relation in RELATIONS)
     by_kind = {kind: [relation for relation in relations if relation.kind == kind] for kind in KINDS}
     editable, reserve = _subjects(rng, config, by_kind)
-    choices = {subject.name: rng.sample(by_kind[subject.kind], FACTS_PER_EDITABLE) for subject in editable}
+    choices = {subject.name: rng.sample(by_kind[subject.kind], config.facts) for subject in editable}
     facts: list[Fact] = []
-    for turn in range(FACTS_PER_EDITABLE):
+    for turn in range(config.facts):
         facts += _state(rng, [(subject, choices[subject.name][turn]) for subject in editable])
     facts += _state(rng, list(_reserve_relations(reserve, by_kind)))
     types = [Fact(subject, None, subject.type, words.TYPE_STATEMENTS, ()) for subject in (*editable, *reserve)]
@@ -213,7 +213,7 @@ def fact_sentence(rng: random.Random, fact: Fact) -> str:
 def build_records(world: World) -> list[dict[str, Any]]:
     """Every fact of an editable subject as an edit, in CounterFact's schema plus `same_subject`.
 
-    The first half has one record for each subject. `paraphrase_prompts` are the statements held out for that fact, each
+    The first of them have one record for each subject. `paraphrase_prompts` are the statements held out for that fact, each
     after a filler sentence; `neighborhood_prompts` are about reserve subjects with the same object; `attribute_prompts`
     about reserve subjects that have the new object; `same_subject` lists what else is true of the subject.
     """

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Int, Shaped
 
 from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.settings import EditSettings
@@ -73,6 +75,24 @@ def _values(config: ModelConfig, settings: EditSettings, batch: int, itemsize: i
     return min(int(settings.memory * GIB), values_bytes(config, size, settings.layers[-1], "products", itemsize))
 
 
+class MicroBatches(NamedTuple):
+    """Requests cut into parts that are computed one after another.
+
+    Attributes:
+        layouts: of the parts, all of one size; padded where they hold fewer requests.
+        places: which of the requests each part holds, in its order.
+    """
+
+    layouts: list[Layout]
+    places: list[Int[np.ndarray, " r"]]
+
+    def gathered(self, parts: Sequence[ArrayLike]) -> Shaped[np.ndarray, "r *rest"]:
+        """A row for each request, in the order of the requests, from what was computed for the parts."""
+        order = np.concatenate(self.places)
+        rows = np.concatenate([np.asarray(part)[: len(at)] for part, at in zip(parts, self.places, strict=True)])
+        return rows[np.argsort(order)]
+
+
 def micro_batches(
     config: ModelConfig,
     settings: EditSettings,
@@ -80,30 +100,44 @@ def micro_batches(
     *,
     itemsize: int,
     held: Sizes | None = None,
-) -> list[Layout]:
-    """Requests from `encode_requests` in as few parts of one size as `settings.memory` allows, the last one padded.
+) -> MicroBatches:
+    """Requests from `encode_requests` in as few parts of one size as `settings.memory` allows.
 
-    One request is taken as it is, even where it needs more. `held` are the sizes of an earlier part: they are used once more
-    by those with as many requests, and each part's by the next.
+    Parts get about as many tokens each, as all are computed at the size of the largest. One request is taken as it is, even
+    where it needs more memory. `held` are the sizes of an earlier part: they are used once more by those with as many
+    requests, and each part's by the next.
     """
     size = min(len(requests), settings.micro_batch or len(requests))
     while True:
         size = -(-len(requests) // -(-len(requests) // size))  # as even as the number of parts allows
-        layouts = _parts(requests, size, held if held is not None and held.requests == size else None)
+        places = _dealt(requests, -(-len(requests) // size))
+        parts = [[requests[i] for i in at.tolist()] for at in places]
+        layouts = _arranged(parts, size, held if held is not None and held.requests == size else None)
         if len({layout.sizes for layout in layouts}) > 1:
-            layouts = _parts(requests, size, layouts[-1].sizes)  # the first may have grown to those of the last
+            layouts = _arranged(parts, size, layouts[-1].sizes)  # the first may have grown to those of the last
         largest = max(_least(config, settings, layout, itemsize) for layout in layouts)
         if size == 1 or largest <= settings.memory * GIB:
-            return layouts
+            return MicroBatches(layouts, places)
         size = max(1, min(size - 1, int(size * settings.memory * GIB / largest)))
 
 
-def _parts(requests: Sequence[Sequence[Encoded]], size: int, held: Sizes | None) -> list[Layout]:
+def _dealt(requests: Sequence[Sequence[Encoded]], count: int) -> list[Int[np.ndarray, " r"]]:
+    """The requests dealt to `count` parts, shortest first, forth and back; which is which, in each part."""
+    if count == 1:
+        return [np.arange(len(requests))]
+    lengths = [sum(len(row.tokens) - row.subject_last for row in rows) for rows in requests]
+    order = np.argsort(lengths, kind="stable")
+    turns, place = np.divmod(np.arange(len(requests)), count)
+    part = np.where(turns % 2 == 0, place, count - 1 - place)
+    return [order[part == number] for number in range(count)]
+
+
+def _arranged(parts: Sequence[Sequence[Sequence[Encoded]]], size: int, held: Sizes | None) -> list[Layout]:
     layouts: list[Layout] = []
-    for begin in range(0, len(requests), size):
-        layout = align(requests[begin : begin + size], size, layouts[-1].sizes if layouts else held)
+    for part in parts:
+        layout = align(part, size, layouts[-1].sizes if layouts else held)
         if layout.sizes.after > LOOSE * layout.packed.after.packing.used.sum():
-            layout = align(requests[begin : begin + size], size)
+            layout = align(part, size)
         layouts.append(layout)
     return layouts
 
@@ -145,6 +179,6 @@ def values_bytes(config: ModelConfig, sizes: Sizes, layer: int, keep: Keep, item
     columns = s.prefix + s.suffix
     below = s.whole * (2 * wide + 6 * d) + 4 * s.rows * columns * q + 2 * s.rows * config.n_heads * columns**2
     block = d * (2 * q + 2 * kv) + d * (wide + ff)
-    past = 2 * s.rows * s.prefix * kv * above
+    past = 2 * s.rows * s.prefix * kv * above + 2 * s.after * (q + 2 * kv)
     head = 3 * s.scored * config.vocab_size + 4 * s.requests * config.vocab_size
     return max(itemsize, 4) * (max(below, head + kept + working) + past + 3 * s.after * d) + 2 * itemsize * block

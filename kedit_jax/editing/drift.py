@@ -62,15 +62,15 @@ def keys_now(session: EditSession) -> Mapping[int, Float[np.ndarray, "m k"]]:
     facts = session.facts[session.compacted :]
     if not facts:
         raise SessionError("the session records no keys: it holds no facts, or all of them were compacted")
-    layouts, model, top = session._layouts(facts), session.model, session.settings.layers[-1]
-    streams, at, found = [reading.enter(model, layout) for layout in layouts], 0, {}
+    batches, model, top = session._micro_batches(facts), session.model, session.settings.layers[-1]
+    streams, at, found = [reading.enter(model, layout) for layout in batches.layouts], 0, {}
     for layer in session.settings.layers:
         read = [
             reading.read(model, stream, at, layer, top, layout.n_contexts)
-            for stream, layout in zip(streams, layouts, strict=True)
+            for stream, layout in zip(streams, batches.layouts, strict=True)
         ]
         streams, at = [stream for stream, _ in read], layer
-        found[layer] = np.concatenate([np.asarray(r.keys, np.float64) for _, r in read])[: len(facts)]
+        found[layer] = batches.gathered([r.keys for _, r in read]).astype(np.float64)
     return found
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 from kedit_jax.models import Packing
 
-FINE, COARSE = 8, 4
-"""Steps an octave: for what every optimisation step computes (at most 12 % too much) and for what is computed once (25 %).
+FINE, COARSE = 16, 4
+"""Steps an octave: for what every optimisation step computes (at most 6 % too much) and for what is computed once (25 %).
 What a session has compiled for is used once more (`at_least`)."""
 LONGER = 1.2
 """Room for requests longer than the average of those that they were chosen from."""

@@ -20,7 +20,7 @@ from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, Update, add_on_host, host_kernel, relative_error, write_kernels
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
-from kedit_jax.editing.budget import micro_batches, what_to_keep
+from kedit_jax.editing.budget import MicroBatches, micro_batches, what_to_keep
 from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
 from kedit_jax.editing.history import LayerHistory, Site
 from kedit_jax.editing.moments import Moments, check_layers
@@ -28,7 +28,7 @@ from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.prefixes import sample_prefixes
 from kedit_jax.editing.requests import EditRequest, check_unique_ids
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.editing.tokens import Encoded, Layout, encode_requests
+from kedit_jax.editing.tokens import Encoded, encode_requests
 from kedit_jax.editing.values import Values, optimise_in_rounds
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
 from kedit_jax.models import Decoder, ModelConfig, down_kernel_address, model_fingerprint
@@ -148,10 +148,9 @@ class EditSession:
         policy = conflicts or self.settings.policy
         similarity = self.settings.similarity if similarity is None else similarity
         self._check_weights(requests)
-        layouts = self._layouts(requests)
         close: dict[str, Any] = {}
         if similarity is not None:
-            close = {"batch_keys": self._first_keys(requests, layouts), "held_keys": self._held_keys()}
+            close = {"batch_keys": self._first_keys(requests), "held_keys": self._held_keys()}
         found = find_conflicts(requests, self.facts, similarity=similarity, **close)
         plan = resolve(requests, found, policy)
         self._check_plan(plan)
@@ -238,21 +237,21 @@ class EditSession:
             shared: by position in the batch, whose key a fact is written under instead of its own.
         """
         rows = self._encoded(requests)
-        layouts = self._arranged(rows)
-        values = self._values(rows, layouts, progress)
+        batches = self._arranged(rows)
+        values = self._values(rows, batches, progress)
         _require_finite("target values", np.asarray(values.z), requests)
         steps: dict[str, Update] = {}
         layers, model = dict(self.layers), self.model
-        streams, at, count = [reading.enter(model, layout) for layout in layouts], 0, len(requests)
+        streams, at = [reading.enter(model, layout) for layout in batches.layouts], 0
         weights, top = np.array([request.weight for request in requests]), self.settings.layers[-1]
         for left, layer in zip(range(len(layers), 0, -1), self.settings.layers, strict=True):
             read = [
                 reading.read(model, stream, at, layer, top, layout.n_contexts)
-                for stream, layout in zip(streams, layouts, strict=True)
+                for stream, layout in zip(streams, batches.layouts, strict=True)
             ]
             streams, at = [stream for stream, _ in read], layer
-            keys = _stack([r.keys for _, r in read], count)
-            present = _stack([r.top for _, r in read], count)
+            keys = batches.gathered([r.keys for _, r in read])
+            present = batches.gathered([r.top for _, r in read])
             residuals = (np.asarray(values.z, np.float64) - present) / left
             _require_finite(f"keys of layer {layer}", keys, requests)
             keys = _under_shared(keys, shared, layers[layer])
@@ -270,9 +269,9 @@ class EditSession:
             model=model,
             layers=layers,
             facts=(*self.facts, *requests) if keeps else tuple(requests),
-            batches=(*self.batches, count) if keeps else (count,),
+            batches=(*self.batches, len(requests)) if keeps else (len(requests),),
             reports=values,
-            sizes=layouts[-1].sizes,
+            sizes=batches.layouts[-1].sizes,
         )
         return session, steps
 
@@ -346,40 +345,45 @@ class EditSession:
             named.append(request)
         return named
 
-    def _layouts(self, requests: Sequence[EditRequest]) -> list[Layout]:
+    def _micro_batches(self, requests: Sequence[EditRequest]) -> MicroBatches:
         """The requests in micro-batches of one size, the last padded."""
         return self._arranged(self._encoded(requests))
 
     def _encoded(self, requests: Sequence[EditRequest]) -> list[list[Encoded]]:
         return encode_requests(self.tokenizer, requests, self.prefixes, max_positions=self.base.config.max_positions)
 
-    def _arranged(self, rows: Sequence[Sequence[Encoded]]) -> list[Layout]:
+    def _arranged(self, rows: Sequence[Sequence[Encoded]]) -> MicroBatches:
         return micro_batches(self.base.config, self.settings, rows, itemsize=self.base.dtype.itemsize, held=self.sizes)
 
-    def _values(self, rows: Sequence[Sequence[Encoded]], layouts: Sequence[Layout], progress: Progress | None) -> Values:
+    def _values(self, rows: Sequence[Sequence[Encoded]], batches: MicroBatches, progress: Progress | None) -> Values:
         parts, done = [], 0
         settings, config, itemsize = self.settings, self.base.config, self.base.dtype.itemsize
-        for layout in layouts:
-            part = rows[done : done + layout.n_requests]
+        for layout, places in zip(*batches, strict=True):
             keep = what_to_keep(config, settings, layout, itemsize=itemsize)
             parts.append(
                 optimise_in_rounds(
-                    self.model, part, layout, settings.layers[-1], settings.values, keep, settings.compute_dtype
+                    self.model,
+                    [rows[place] for place in places.tolist()],
+                    layout,
+                    settings.layers[-1],
+                    settings.values,
+                    keep,
+                    settings.compute_dtype,
                 )
             )
-            done += len(part)
+            done += len(places)
             if progress is not None:
                 progress("target values", done, len(rows))
-        values: Values = jax.tree.map(lambda *found: np.concatenate(found), *parts)
+        values: Values = jax.tree.map(lambda *found: batches.gathered(found), *parts)
         return values
 
-    def _first_keys(self, requests: Sequence[EditRequest], layouts: Sequence[Layout]) -> Float[np.ndarray, "u k"]:
+    def _first_keys(self, requests: Sequence[EditRequest]) -> Float[np.ndarray, "u k"]:
         """Keys in the first edited layer, which no edit of the session moves."""
-        first, read = self.settings.layers[0], []
-        for layout in layouts:
+        first, read, batches = self.settings.layers[0], [], self._micro_batches(requests)
+        for layout in batches.layouts:
             stream = reading.enter(self.base, layout)
             read.append(reading.read(self.base, stream, 0, first, first, layout.n_contexts)[1].keys)
-        return _stack(read, len(requests))
+        return batches.gathered(read)
 
     def _held_keys(self) -> Float[np.ndarray, "m k"]:
         """Recorded keys of the first edited layer, a row a fact; compacted facts have none, so 0."""
@@ -596,11 +600,6 @@ def _extended(layer: int, held: LayerHistory, site: Site, block: solve.Constrain
         return histories.extended(held, site, block)
     except KeditError as error:
         raise type(error)(f"layer {layer}: {error}") from error
-
-
-def _stack(parts: Sequence[Any], count: int) -> Float[np.ndarray, "r n"]:
-    """The first `count` rows of the parts (what follows is padding of the last) on the host."""
-    return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
 def _require_finite(what: str, rows: Float[np.ndarray, "r n"], requests: Sequence[EditRequest]) -> None:

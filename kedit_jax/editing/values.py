@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kedit_jax.editing.tokens import Encoded, Layout, align
-from kedit_jax.models import Decoder, Keep, Past, causal_mask, pack, positions_of, unpack
+from kedit_jax.models import Decoder, Keep, Past, Projections, causal_mask, pack, positions_of, unpack
 
 SHARE = 4
 """A batch goes on with the requests that are left once they are one in so many."""
@@ -78,7 +78,8 @@ class _Problem(NamedTuple):
 
     suffix: Float[Array, "1 n d"]  # output of the edited layer from the subjects' last tokens on, those first
     origin: Float[Array, "r d"]  # the same at those of the bare prompts
-    past: tuple[Past, Past]  # keys and values of the tokens before them, in the blocks above but the last, and in the last
+    past: tuple[Past, Past, Past]  # attention of the tokens before them: in the block above, in those behind, in the last
+    known: Projections | None  # in the block above, of the tokens that delta is not added to; None where that is the last
     positions: Int[Array, "1 n"]
     mask: Bool[Array, "rows s ps"]
     scored_at: Int[Array, "1 m"]  # which of the suffix's tokens are scored, those of the KL prompts first
@@ -199,7 +200,8 @@ def _advance(
         score, uphill = _score(model, layout, problem, layer, keep, state, settings)
         loss = score.loss + settings.decay * _length(state.delta) / norm**2
         done = state.done | (loss < settings.stop_loss) | (state.step == settings.steps - 1)
-        slope = uphill() + settings.decay * _direction(state.delta) / norm[:, None] ** 2
+        slope = jax.lax.cond(done.all(), lambda: jnp.zeros_like(state.delta), uphill)  # not of losses that end it all
+        slope += settings.decay * _direction(state.delta) / norm[:, None] ** 2
         change, adam_state = adam.update(slope, state.adam)
         moved = _clamp(optax.apply_updates(state.delta, change), settings.clamp * norm)
         return _Progress(
@@ -258,14 +260,15 @@ def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
     columns = jnp.asarray(layout.target_columns)
     scored_at = pack(scored, jnp.take_along_axis(jnp.asarray(after.packing.slots), columns, axis=1))
     weights = jnp.asarray(layout.target_weights) / layout.n_contexts
-    suffix, rows = h[:, after.places], len(valid)
+    suffix, where, rows = h[:, after.places], positions[:, after.places], len(valid)
     origin = suffix[0, : rows : layout.n_contexts + 1]
     origin = origin.astype(jnp.promote_types(h.dtype, jnp.float32))  # delta is optimised in no less
     return _Problem(
         suffix=suffix,
         origin=origin,
-        past=(past, past_last),
-        positions=positions[:, after.places],
+        past=(jax.tree.map(lambda kv: kv[:1], past), jax.tree.map(lambda kv: kv[1:], past), past_last),
+        known=None if above == last else model.projections(suffix[:, rows:], above, positions=where[:, rows:]),
+        positions=where,
         mask=mask[:, cut:],
         scored_at=scored_at,
         scored_mask=jnp.take_along_axis(mask[:, cut:], columns[:, :, None], axis=1),
@@ -280,8 +283,8 @@ def _narrowed(model: Decoder, problem: _Problem, dtype: np.dtype) -> tuple[Decod
     def narrow(leaf: Array) -> Array:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    past: tuple[Past, Past] = jax.tree.map(narrow, problem.past)
-    return jax.tree.map(narrow, model), problem._replace(suffix=narrow(problem.suffix), past=past)
+    narrowed = {name: jax.tree.map(narrow, getattr(problem, name)) for name in ("suffix", "past", "known")}
+    return jax.tree.map(narrow, model), problem._replace(**narrowed)
 
 
 def _hidden(
@@ -294,14 +297,14 @@ def _hidden(
     h = jnp.concatenate([problem.suffix[:, :rows] + added, problem.suffix[:, rows:]], axis=1)
     if above == n_layers:
         return h[:, problem.scored_at[0]]
-    past, past_last = problem.past
-    h, _ = model.run_layers(
-        h, above, n_layers - 1, positions=problem.positions, mask=problem.mask, past=past, packing=after, keep=keep
-    )
+    first, between, last = problem.past
+    where = {"positions": problem.positions, "packing": after}
+    if problem.known is not None:
+        h = model.run_one(h, above, known=problem.known, mask=problem.mask, past=first, keep=keep, **where)
+        h, _ = model.run_layers(h, above + 1, n_layers - 1, mask=problem.mask, past=between, keep=keep, **where)
     return model.run_last(
-        h, positions=problem.positions, mask=problem.scored_mask, at=problem.scored_at, past=past_last,
-        packing=after, queries=layout.packed.scored,
-    )  # fmt: skip
+        h, mask=problem.scored_mask, at=problem.scored_at, past=last, queries=layout.packed.scored, **where
+    )
 
 
 def _score(

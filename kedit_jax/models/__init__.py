@@ -12,7 +12,7 @@ from kedit_jax.models.config import (
 from kedit_jax.models.decoder import Decoder, Keep, causal_mask, down_kernel_address, positions_of
 from kedit_jax.models.generation import generate
 from kedit_jax.models.gpt2 import gpt2_config
-from kedit_jax.models.layers import KV, Past
+from kedit_jax.models.layers import KV, Past, Projections
 from kedit_jax.models.loading import abstract_decoder, load, load_model, load_tokenizer, model_fingerprint, read_config
 from kedit_jax.models.packing import Packing, pack, single_tokens, unpack
 from kedit_jax.models.parameters import named_parameters, with_parameters
@@ -30,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "Packing",
     "Past",
+    "Projections",
     "RotaryConfig",
     "abstract_decoder",
     "causal_mask",

@@ -20,6 +20,8 @@ from kedit_jax.models.layers import (
     HeadKV,
     LayerNorm,
     Past,
+    Projections,
+    Rotation,
     View,
     at_least_float32,
     pick,
@@ -164,6 +166,35 @@ class Decoder(nnx.Module):
         )
         return self.after_down(rest, key, last)
 
+    def projections(self, h: Float[Array, "B T d"], layer: int, *, positions: Int[Array, "B T"]) -> Projections:
+        """What a layer's attention makes of each token by itself, for `run_one`."""
+        block, (local,) = self._block(layer), self._kinds(layer, layer + 1)
+        return block.attn.project(block.attn_norm(h), self._rotation(positions, local=local))
+
+    def run_one(
+        self,
+        h: Float[Array, "B T d"],
+        layer: int,
+        *,
+        known: Projections,
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "#R Q S"],
+        past: Past | None = None,
+        packing: Packing | None = None,
+        keep: Keep = "inputs",
+    ) -> Float[Array, "B T d"]:
+        """The residual stream after one layer, given the `projections` of its last tokens, however many.
+
+        Arguments as for `run_layers`, `past` of this layer alone. It has the gradient in the other tokens, and in those
+        whose projections are given only where they do not pass through the attention.
+        """
+
+        def run(h: Array, past: Past | None, known: Projections) -> Array:
+            rest, key = self.before_down(h, layer, positions=positions, mask=mask, past=past, packing=packing, known=known)
+            return self.after_down(rest, key, layer)
+
+        return jax.checkpoint(run, policy=_policy(keep))(h, past, known)
+
     def before_down(
         self,
         h: Float[Array, "B T d"],
@@ -175,17 +206,19 @@ class Decoder(nnx.Module):
         past: Past | None = None,
         packing: Packing | None = None,
         queries: Packing | None = None,
+        known: Projections | None = None,
     ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"]]:
         """A layer up to its down projection: what the projection's output is added to, and its input (an edit's key).
 
-        `after_down` finishes the layer, with the kernel as it then is. Arguments as for `run_last`.
+        `after_down` finishes the layer, with the kernel as it then is. Arguments as for `run_last`
+        and `run_one`.
         """
         _check_segment(self.config, h, layer, layer + 1, mask, past, packing)
         attended = _Attended(positions, mask, past, packing, packing if at is None else queries)
         kinds = self._kinds(layer, layer + 1)
         view = self._views(attended, kinds, at)[kinds[0]]
         kv = jax.tree.map(lambda layers: layers[0], past)
-        rest, key, _ = self._block(layer).before_down(h, view=view, past=kv, at=at)
+        rest, key, _ = self._block(layer).before_down(h, view=view, past=kv, at=at, known=known)
         return rest, key
 
     def after_down(self, rest: Float[Array, "B T d"], key: Float[Array, "B T d_ff"], layer: int) -> Float[Array, "B T d"]:
@@ -230,8 +263,7 @@ class Decoder(nnx.Module):
         # parameters 113 ms and 41 MB against 231 ms and 297 MB; in h, layers 2:6, 39 ms and 25 MB against 83 ms and 172 MB.
         # Scanning a slice of the stack instead of indexing it was no faster (116 ms), and it copies the weights.
         # Keeping the products leaves out of the recomputation what is dear, and of the memory what is indexed.
-        policy = None if keep == "inputs" else jax.checkpoint_policies.dots_saveable
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)  # a scan keeps the two passes apart by itself
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=_policy(keep))  # a scan keeps the two passes apart by itself
         h, (keys, kv) = lax.scan(layer, h, (jnp.arange(start, stop), past))
         return h, keys, kv
 
@@ -243,9 +275,8 @@ class Decoder(nnx.Module):
     def _views(self, attended: _Attended, kinds: tuple[bool, ...], at: Int[Array, "B A"] | None = None) -> tuple[View, View]:
         """What layers without and with a sliding window see, made once for all of them."""
         positions, mask, past, packing, queries = attended
-        config, local = self.config, self.config.local
-        rotation = None if config.rotary is None else rotation_of(config.rotary, positions, self.dtype)
-        view = View(rotation, mask, packing, queries)
+        local = self.config.local
+        view = View(self._rotation(positions, local=False), mask, packing, queries)
         if local is None or not any(kinds):
             return view, view
         rows = positions if packing is None else unpack(packing, positions)
@@ -256,9 +287,15 @@ class Decoder(nnx.Module):
                 raise KeditError("`past` holds no positions, which sliding windows need: take it from `prefill`")
             before = past.positions[0]
             seen = jnp.concatenate([before, jnp.broadcast_to(rows, (len(before), rows.shape[1]))], axis=1)
-        if local.rotary is not None:
-            rotation = rotation_of(local.rotary, positions, self.dtype)
-        return view, View(rotation, windowed(mask, asking, seen, local.window), packing, queries)
+        near = windowed(mask, asking, seen, local.window)
+        return view, View(self._rotation(positions, local=True), near, packing, queries)
+
+    def _rotation(self, positions: Int[Array, "B T"], *, local: bool) -> Rotation | None:
+        """The rotary angles of layers with or without a sliding window."""
+        rotary = self.config.rotary
+        if local and self.config.local is not None and self.config.local.rotary is not None:
+            rotary = self.config.local.rotary
+        return None if rotary is None else rotation_of(rotary, positions, self.dtype)
 
 
 class _Attended(NamedTuple):
@@ -269,6 +306,11 @@ class _Attended(NamedTuple):
     past: Past | None
     packing: Packing | None
     queries: Packing | None
+
+
+def _policy(keep: Keep) -> Any:
+    """Of `jax.checkpoint`."""
+    return None if keep == "inputs" else jax.checkpoint_policies.dots_saveable
 
 
 def _cache_rows(kv: KV, packing: Packing) -> HeadKV:

@@ -58,6 +58,14 @@ class HeadKV(NamedTuple):
 Past = KV | HeadKV
 
 
+class Projections(NamedTuple):
+    """Queries, keys and values of the attention, the first two rotated."""
+
+    q: Float[Array, "B T H hd"]
+    k: Float[Array, "B T n_kv hd"]
+    v: Float[Array, "B T n_kv hd"]
+
+
 class Rotation(NamedTuple):
     """Cosine and sine of every position's rotary angles."""
 
@@ -159,15 +167,17 @@ class Attention(nnx.Module):
         view: View,
         past: Past | None,
         at: Int[Array, "B A"] | None = None,
+        known: Projections | None = None,
     ) -> tuple[Float[Array, "B A d"], KV]:
-        """The attended values of all tokens, or of those at `at`, and the keys and values of x itself."""
-        k, v = self._heads(self.k(x)), self._heads(self.v(x))
-        q = self._heads(self.q(pick(x, at)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if view.rotation is not None:
-            q = rotate(q, Rotation(*(pick(part, at) for part in view.rotation)), self.interleaved)
-            k = rotate(k, view.rotation, self.interleaved)
+        """The attended values of all tokens, or of those at `at`, and the keys and values of x itself.
+
+        `known` are the projections of the last tokens, where they need not be computed.
+        """
+        if known is None:
+            q, k, v = self.project(x, view.rotation, at)
+        else:
+            first = self.project(x[:, : x.shape[1] - known.k.shape[1]], view.rotation)
+            q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(first, known, strict=True))
         new = KV(k, v)
         if view.keys is None or view.queries is None:
             attended = self._attend(q, new, past, pick(view.mask, at))
@@ -175,6 +185,20 @@ class Attention(nnx.Module):
             rows = KV(unpack(view.keys, k), unpack(view.keys, v))
             attended = pack(view.queries, self._attend(unpack(view.queries, q), rows, past, view.mask))
         return self.o(attended.reshape(*q.shape[:2], -1)), new
+
+    def project(
+        self, x: Float[Array, "B T d"], rotation: Rotation | None, at: Int[Array, "B A"] | None = None
+    ) -> Projections:
+        """Of tokens from the first on that `rotation` holds; queries of those at `at` alone."""
+        k, v = self._heads(self.k(x)), self._heads(self.v(x))
+        q = self._heads(self.q(pick(x, at)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            rotation = Rotation(*(part[:, : x.shape[1]] for part in rotation))
+            q = rotate(q, Rotation(*(pick(part, at) for part in rotation)), self.interleaved)
+            k = rotate(k, rotation, self.interleaved)
+        return Projections(q, k, v)
 
     def _attend(
         self, q: Float[Array, "B T H hd"], new: KV, past: Past | None, mask: Bool[Array, "#B T S"]
@@ -292,10 +316,11 @@ class Block(nnx.Module):
         view: View,
         past: Past | None,
         at: Int[Array, "B A"] | None = None,
+        known: Projections | None = None,
     ) -> tuple[Float[Array, "B A d"], Float[Array, "B A d_ff"], KV]:
         """(what the output of the down projection will be added to, its input, attention keys and values)."""
         normed = self.attn_norm(h)
-        attended, kv = self.attn(normed, view=view, past=past, at=at)
+        attended, kv = self.attn(normed, view=view, past=past, at=at, known=known)
         if self.attn_post_norm is not None:
             attended = self.attn_post_norm(attended)
         h = pick(h, at)

@@ -104,7 +104,8 @@ def test_micro_batches_stay_within_the_memory(cap: int | None) -> None:
     parts = []
     for memory in (2**30, 2**28, 2**27, 2**26, 2**25, 2**20):
         settings = EditSettings((TOP,), memory=memory / GIB, micro_batch=cap)
-        layouts = micro_batches(SMALL_GPT2, settings, requests, itemsize=4)
+        layouts, places = micro_batches(SMALL_GPT2, settings, requests, itemsize=4)
+        assert sorted(np.concatenate(places).tolist()) == list(range(24))
         size = layouts[0].n_requests
         assert {layout.n_requests for layout in layouts} == {size}
         assert (len(layouts) - 1) * size < 24 <= len(layouts) * size, "no part is padding alone"
@@ -123,16 +124,16 @@ def test_little_memory_means_small_micro_batches(fresh: EditSession, batches: li
     """What `micro_batch` cuts, memory cuts alike; `test_session_reference` holds that cutting changes no edit."""
     parts = {}
     for size in (1, 2):
-        capped = micro_batches(
+        capped, _ = micro_batches(
             fresh.base.config, dataclasses.replace(fresh.settings, micro_batch=size), _rows(fresh, batches[0]), itemsize=4
         )
         top = fresh.settings.layers[-1]
         needed = max(values_bytes(fresh.base.config, layout.sizes, top, "inputs", 4) for layout in capped)
         little = dataclasses.replace(fresh, settings=dataclasses.replace(fresh.settings, memory=needed / GIB))
-        parts[size] = little._layouts(batches[0])
+        parts[size] = little._micro_batches(batches[0]).layouts
         for mine, theirs in zip(jax.tree.leaves(parts[size]), jax.tree.leaves(capped), strict=True):
             np.testing.assert_array_equal(mine, theirs)
-    assert [len(parts[1]), len(parts[2]), len(fresh._layouts(batches[0]))] == [3, 2, 1]
+    assert [len(parts[1]), len(parts[2]), len(fresh._micro_batches(batches[0]).layouts)] == [3, 2, 1]
 
 
 def _rows(session: EditSession, requests: list[EditRequest]) -> list[list[Encoded]]:

@@ -204,7 +204,7 @@ def shapes_of(batches: Sequence[Sequence[Sequence[Encoded]]], *, hold: bool) -> 
     held: Sizes | None = None
     values, keys = set(), set()
     for batch in batches:
-        (layout,) = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held if hold else None)
+        ((layout,), _) = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held if hold else None)
         held = layout.sizes
         smaller = held.fraction(SHARE)
         rest = align(batch[: smaller.requests], smaller.requests, smaller if hold else None)

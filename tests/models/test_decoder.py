@@ -92,6 +92,38 @@ def test_the_last_layer_at_some_tokens(pairs, name):
     np.testing.assert_allclose(behind, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma3"])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_layer_some_of_whose_projections_are_known(pairs, name, layer):
+    """`run_one` gives what the whole layer gives, and uses what it is given; the gradient in the other tokens is the same."""
+    model = pairs[name].model
+    tokens, positions, mask, _ = _inputs(model, "right")
+    first = 2
+    where = {"positions": positions, "mask": mask}
+
+    @quick_jit
+    def both(model: Decoder) -> Any:
+        h, _ = model.run_layers(model.embed(tokens, positions), 0, layer, **where)
+        known = model.projections(h, layer, positions=positions)
+        known = jax.tree.map(lambda part: part[:, first:], known)
+
+        def whole(begin: Any) -> Any:
+            return model.run_layers(h.at[:, :first].set(begin), layer, layer + 1, **where)[0]
+
+        def given(begin: Any, known: Any) -> Any:
+            return model.run_one(h.at[:, :first].set(begin), layer, known=known, **where)
+
+        found = [jax.vjp(run, h[:, :first]) for run in (whole, lambda begin: given(begin, known))]
+        slopes = [to_begin(jnp.cos(7 * out))[0] for out, to_begin in found]
+        other = given(h[:, :first], jax.tree.map(lambda part: part[::-1], known))
+        return [out for out, _ in found], slopes, other
+
+    (expected, out), (expected_slope, slope), other = both(model)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-4)
+    assert np.abs(np.asarray(other) - np.asarray(expected))[:, first:].max() > 1e-2
+
+
 def test_windows_go_by_position():
     """Not by column: the past may lie anywhere before, and padding takes no place."""
     mask = np.ones((1, 2, 5), bool)
