@@ -28,10 +28,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def command(
     names: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(EXPERIMENTS)}; all by default")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="of an experiment's runs those of this name")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="of the config's seeds these")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny runs of one seed, to test the pipeline")] = False,
     out: Annotated[Path | None, typer.Option(help="results (default: results/ here; of --quick: runs/paper-quick)")] = None,
     report: Annotated[bool, typer.Option("--report", help="compute nothing: tables, figures and REPORT.md anew")] = False,
-    model: Annotated[str, typer.Option(help="embedded, gpt2-xl, gpt-j, llama-3-8b or qwen2.5-7b")] = EMBEDDED,
+    model: Annotated[str, typer.Option(help="a name in configs/models.yaml, as llama-3-8b")] = EMBEDDED,
     model_dir: Annotated[Path | None, typer.Option(help="weights, in Hugging Face layout")] = None,
     records: Annotated[Path | None, typer.Option(help="records, in CounterFact's schema or another that is known")] = None,
     corpus: Annotated[Path | None, typer.Option(help="text for the second moments, a document a line")] = None,
@@ -48,14 +50,31 @@ def command(
             return
         with compiled_programs_kept():
             sources = Sources(model_dir, records, corpus, heldout, tuple(ability or ()))
-            run_all(names or list(EXPERIMENTS), folder, model, sources, cache, quick=quick, console=console)
+            part = Part(frozenset(only or ()), frozenset(seed or ()))
+            run_all(names or list(EXPERIMENTS), folder, model, sources, cache, quick=quick, console=console, part=part)
     except KeditError as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is computed of an experiment: runs of these names, of these seeds; all where none is named."""
+
+    runs: frozenset[str] = frozenset()
+    seeds: frozenset[int] = frozenset()
+
+
 def run_all(
-    names: list[str], out: Path, model: str, sources: Sources, cache: Path, *, quick: bool, console: Console
+    names: list[str],
+    out: Path,
+    model: str,
+    sources: Sources,
+    cache: Path,
+    *,
+    quick: bool,
+    console: Console,
+    part: Part = Part(),
 ) -> None:
     """Read all configs, load the model, and run each experiment for each of its seeds.
 
@@ -80,21 +99,31 @@ def run_all(
     with console.status(f"loading {model}"):
         stage = open_stage(model, choices[model], sources, cache / model)
     for name in computed:
-        run_experiment(name, configs[name], stage, out, console)
+        run_experiment(name, configs[name], stage, out, console, part)
 
 
-def run_experiment(name: str, config: Any, stage: Stage, out: Path, console: Console) -> None:
-    """All runs of one experiment that are not complete.
+def run_experiment(name: str, config: Any, stage: Stage, out: Path, console: Console, part: Part = Part()) -> None:
+    """All runs of one experiment, or of a part of it, that are not complete.
 
     Raises:
-        KeditError: as `run_all`; files of something else are found before anything is computed.
+        KeditError: runs or seeds that the experiment does not have, and as `run_all`; files of something else are found
+            before anything is computed.
     """
     make, todo = EXPERIMENTS[name].runs, []
     assert make is not None  # noqa: S101
+    if unknown := part.seeds - set(config.seeds):
+        raise KeditError(f"{name} has no seed {min(unknown)}; there are {', '.join(map(str, config.seeds))}")
     done = 0
     say: Say = partial(console.print, highlight=False, soft_wrap=True)
     for seed in config.seeds:
-        for run in make(config, stage, seed):
+        if part.seeds and seed not in part.seeds:
+            continue
+        made = make(config, stage, seed)
+        if unknown_runs := part.runs - {run.name for run in made}:
+            raise KeditError(f"{name} has no run {min(unknown_runs)}; there are {', '.join(run.name for run in made)}")
+        for run in made:
+            if part.runs and run.name not in part.runs:
+                continue
             path = out / name / stage.name / f"seed-{seed}" / f"{run.name}.jsonl"
             header = {"experiment": name, "model": stage.name, "seed": seed, "run": run.name, "what": run.what}
             log = Log.open(path, _header(header), say)

@@ -62,6 +62,8 @@ class Choice:
         settings: all of them.
         moment_tokens: size of the second moments' sample; the whole corpus by default.
         heldout_texts: how many held-out texts the perplexity is of.
+        assets: of a model of an invented world, the folder in the repository that `made_by` writes.
+        made_by: the command.
         editors: name of an editor -> what it changes in the settings.
         why: where choices that nobody published come from.
     """
@@ -72,6 +74,8 @@ class Choice:
     settings: dict[str, Any] | None = None
     moment_tokens: int | None = None
     heldout_texts: int | None = None
+    assets: str | None = None
+    made_by: str | None = None
 
     def base(self) -> EditSettings:
         if self.preset is not None:
@@ -208,17 +212,21 @@ def open_stage(name: str, choice: Choice, sources: Sources, folder: Path, progre
     Raises:
         KeditError: weights or data that are not there (what to fetch and where to put it), or do not fit.
     """
-    if name == EMBEDDED:
-        weights: Path = assets.model_dir()
-        records = tuple(parse_records(assets.records()))
-        corpus, heldout, tasks = assets.corpus(), assets.heldout(), embedded_tasks()
+    invented = name == EMBEDDED or choice.assets is not None
+    if invented:
+        made = None if choice.assets is None else FOLDER.parents[1] / choice.assets
+        weights: Path = assets.model_dir(made)
+        if not weights.exists():
+            raise KeditError(f"{name} cannot be run: there is no {choice.assets}/model; `{choice.made_by}` trains it")
+        records = tuple(parse_records(assets.records(made)))
+        corpus, heldout, tasks = assets.corpus(made), assets.heldout(made), embedded_tasks(made)
     else:
         weights, paths = _found(name, choice, sources)
         records = tuple(read_records(paths["records"]))
         corpus = list(lines(paths["corpus"]))
         heldout = list(lines(paths["heldout"])) if "heldout" in paths else []
         tasks = [read_task(path) for path in sources.ability or sorted((FOLDER / "data" / name / "ability").glob("*.json*"))]
-    model, tokenizer = load(weights, dtype=np.float32 if name == EMBEDDED else None)
+    model, tokenizer = load(weights, dtype=np.float32 if invented else None)
     if choice.preset is not None:
         check_preset(choice.preset, model.config)
     base = choice.base()

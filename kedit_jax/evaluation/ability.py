@@ -289,11 +289,14 @@ def kinds_task(
     return Task(name, tuple(questions))
 
 
-def embedded_tasks() -> list[Task]:
-    """Tasks of the embedded model's world: facts of its reserve subjects, which no record edits, and what they are."""
-    records = parse_records(assets.records())
+def embedded_tasks(folder: Path | None = None) -> list[Task]:
+    """Tasks of the embedded model's world: facts of its reserve subjects, which no record edits, and what they are.
+
+    `folder` is that of other assets, as for the functions of `kedit_jax.assets`.
+    """
+    records = parse_records(assets.records(folder))
     edited = {record.subject for record in records}
-    return [facts_task(records, name="world-facts"), kinds_task(assets.corpus(), without=edited, name="world-is-a")]
+    return [facts_task(records, name="world-facts"), kinds_task(assets.corpus(folder), without=edited, name="world-is-a")]
 
 
 def _shuffled(rng: random.Random, context: str, right: str, wrong: Sequence[str]) -> Question:
