@@ -6,6 +6,7 @@ outside `jax.enable_x64`, whichever test asks first.
 """
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ from kedit_jax.editing.values import ValueSettings
 from kedit_jax.models import Decoder, ModelConfig, gpt2_config
 
 MANY_MAPS = 20_000  # Linux allows a process 65,530; XLA's compiler crashes where it gets no more
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several processes gets its own share of the cores, before JAX counts them: they would wait for each other."""
+    worker = getattr(config, "workerinput", None)
+    if worker is None or not hasattr(os, "sched_setaffinity"):
+        return
+    number, count = int(worker["workerid"].removeprefix("gw")), worker["workercount"]
+    share = sorted(os.sched_getaffinity(0))[number::count]
+    if share:
+        os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -229,7 +229,9 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
     widths = sorted({row["n"] for row in result["rows"]})
-    figure, axes = pyplot.subplots(1, len(widths), figsize=(4.2 * len(widths), 4.2), squeeze=False, sharey=True)
+    size = (max(6.0, 4.2 * len(widths)), 4.6)
+    figure, axes = pyplot.subplots(1, len(widths), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    named: dict[str, Any] = {}
     for axis, n in zip(axes[0], widths, strict=True):
         for colour, u in zip(("tab:green", "tab:blue", "tab:orange"), BATCHES, strict=True):
             mine = [row for row in result["rows"] if (row["n"], row["batch"]) == (n, u)]
@@ -244,8 +246,8 @@ def plot(result: dict[str, Any], folder: Path) -> None:
         axis.axvline(math.ceil(solve.CROSSOVER * n), color="0.7", linewidth=1, label="crossover")
         axis.set(xscale="log", yscale="log", title=f"keys of width {n}", xlabel="constraints before the step")
         axis.grid(which="major", alpha=0.3)
-        axis.legend(fontsize=7)
+        named |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=8)
     axes[0][0].set_ylabel("CPU seconds of one layer's step, one core")
-    figure.tight_layout()
     figure.savefig(folder / "solve.png", dpi=120)
     pyplot.close(figure)

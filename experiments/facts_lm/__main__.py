@@ -77,8 +77,9 @@ def main(
         return
     export_model(with_parameters(model, state.parameters), tokenizer, assets / "model")
     export_data(world, assets, QUICK_CORPUS if quick else CorpusConfig())
-    report = make_report(load_model(assets / "model", dtype="float32"), tokenizer, world, config, state, assets, quick=quick)
-    write_report(report, REPORTS if assets == ASSETS else run)
+    size = "--quick" if quick else "--wide" if wide else None
+    report = make_report(load_model(assets / "model", dtype="float32"), tokenizer, world, config, state, assets, size)
+    write_report(report, REPORTS if assets == ASSETS else REPORTS / "wide" if wide else run)
     console.print({name: round(value, 1) for name, value in report.recall.items()})
     console.print(f"{state.seconds:.0f} s ({state.cpu_seconds:.0f} CPU-s); assets in {assets}")
 
@@ -139,10 +140,16 @@ def _rows(world: World, tokenizer: Tokenizer, config: TrainConfig) -> Rows:
 
 
 def make_report(
-    model: Decoder, tokenizer: Tokenizer, world: World, config: TrainConfig, state: State, assets: Path, *, quick: bool
+    model: Decoder,
+    tokenizer: Tokenizer,
+    world: World,
+    config: TrainConfig,
+    state: State,
+    assets: Path,
+    size: str | None = None,
 ) -> Report:
     """Measure the stored model over all facts, and trace a sample."""
-    options = [*(["--quick"] if quick else []), *([f"--seed {config.seed}"] if config.seed else [])]
+    options = [*([size] if size else []), *([f"--seed {config.seed}"] if config.seed else [])]
     sizes = {"subjects": len(world.subjects), "facts": len(world.facts), "types": len(world.types)}
     sizes["editable facts"] = sum(not fact.subject.reserve for fact in world.facts)
     return Report(

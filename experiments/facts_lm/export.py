@@ -87,7 +87,7 @@ def _markdown(report: Report) -> str:
     trace = report.trace
     layers = zip(trace.restored_subject, trace.restored_prompt_end, strict=True)
     sections = [
-        "# The embedded model: what its training reached",
+        "# What the training reached",
         f"`{report.command}`: seed {report.train.seed}, {report.train.steps} steps, {report.seconds:.0f} s "
         f"({report.cpu_seconds:.0f} CPU-s). The world is invented: "
         + ", ".join(f"{count:,} {name}" for name, count in report.world.items())
