@@ -95,7 +95,7 @@ def test_the_last_layer_at_some_tokens(pairs, name):
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma3"])
 @pytest.mark.parametrize("layer", [1, 2])
 def test_a_layer_some_of_whose_projections_are_known(pairs, name, layer):
-    """`run_one` gives what the whole layer gives, and uses what it is given; the gradient in the other tokens is the same."""
+    """`run_one` gives what the whole layer gives and uses what it is given; the other tokens' gradient is the same."""
     model = pairs[name].model
     tokens, positions, mask, _ = _inputs(model, "right")
     first = 2
