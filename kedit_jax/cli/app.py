@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kedit_jax.checkpoint import has_session, read_manifest, save_session
+from kedit_jax.checkpoint import SessionLock, has_session, lock_session, read_manifest, save_session
 from kedit_jax.cli import history, show
 from kedit_jax.cli.cache import compiled_programs_kept
 from kedit_jax.cli.common import (
@@ -128,30 +128,33 @@ def edit(
     options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
     options |= {"history": mode, "post": post, "compensate": compensate} | assigned(assign or [])
     folder = moments or session / "moments"
-    if has_session(session):
-        _check_same_settings(session, settings, preset, options)
-        decoder, tokenizer = load_for(session, model, dtype)
-        current = open_session(session, decoder, tokenizer, folder)
-    else:
-        chosen = _settings(settings, preset, options)
-        if corpus is None:
-            raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
-        decoder, tokenizer = load(model, dtype=dtype)
-        check_editable(decoder.config)
-        if preset is not None:
-            check_preset(preset, decoder.config)
-        if chosen is None:
-            chosen = _with_options(derive_settings(decoder.config), options)
-            console.print(
-                f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
-            )
-        found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
-        current = start_session(decoder, tokenizer, found, chosen, priors=folder)
-    new = _not_yet_written(current, wanted)
-    if dry_run:
-        _show_plan(current, new, conflicts, similarity)
-        return
-    current = _edit_in_batches(current, new, session, batch, {"conflicts": conflicts, "similarity": similarity})
+    with ExitStack() as until_stored:
+        if has_session(session):
+            _check_same_settings(session, settings, preset, options)
+            lock = None if dry_run else until_stored.enter_context(lock_session(session))
+            decoder, tokenizer = load_for(session, model, dtype)
+            current = open_session(session, decoder, tokenizer, folder)
+        else:
+            chosen = _settings(settings, preset, options)
+            if corpus is None:
+                raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
+            lock = None if dry_run else until_stored.enter_context(lock_session(session))
+            decoder, tokenizer = load(model, dtype=dtype)
+            check_editable(decoder.config)
+            if preset is not None:
+                check_preset(preset, decoder.config)
+            if chosen is None:
+                chosen = _with_options(derive_settings(decoder.config), options)
+                console.print(
+                    f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
+                )
+            found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
+            current = start_session(decoder, tokenizer, found, chosen, priors=folder)
+        new = _not_yet_written(current, wanted)
+        if lock is None:
+            _show_plan(current, new, conflicts, similarity)
+            return
+        current = _edit_in_batches(current, new, lock, batch, {"conflicts": conflicts, "similarity": similarity})
     console.print(f"{show.summary(current)}; stored in {escape(str(session))}")
 
 
@@ -281,11 +284,11 @@ def _show_plan(session: EditSession, new: list[EditRequest], conflicts: str | No
 
 
 def _edit_in_batches(
-    session: EditSession, new: list[EditRequest], folder: Path, size: int, policy: dict[str, Any]
+    session: EditSession, new: list[EditRequest], lock: SessionLock, size: int, policy: dict[str, Any]
 ) -> EditSession:
     with show.bar(console, "facts", len(new)) as move:
         for begin in range(0, len(new), size):
             session, _ = session.edit(new[begin : begin + size], **policy)
-            save_session(session, folder)
+            save_session(session, lock.folder, lock=lock)
             move(min(begin + size, len(new)), len(new))
     return session
