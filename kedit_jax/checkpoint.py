@@ -35,7 +35,7 @@ from kedit_jax.models import Decoder, model_fingerprint
 
 FORMAT = 3
 """2 added facts taken back or skipped, compaction and times; sessions of format 1 are read as if they had none. 3 added
-checksums of the files; what is older is known by its arrays alone."""
+checksums of the files, without which damage shows in the arrays alone, and the reasons of steps rolled back."""
 _VERSION_DIGITS = 8
 _MANIFEST = "_CHECKPOINT_METADATA"  # where Orbax keeps it
 _WRITING, _REMOVED = ".writing-", ".removed-"  # a version that is not yet, and one that is no longer
@@ -225,6 +225,7 @@ def read_events(manifest: Mapping[str, Any]) -> tuple[Event, ...]:
             tuple(event.get("skipped", ())),
             event.get("undoes"),
             tuple(event.get("texts", ())),
+            event.get("reason", ""),
         )
         for event in manifest["events"]
     )

@@ -34,6 +34,7 @@ from kedit_jax.cli.common import (
 from kedit_jax.cli.demo import demo
 from kedit_jax.cli.evaluating import evaluate_command
 from kedit_jax.cli.export import export
+from kedit_jax.cli.guarding import Guard, guard, read_bounds
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, default_tokens, moments_path
@@ -114,6 +115,14 @@ def edit(
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="any other setting, as values.learning_rate=0.1; may be repeated")
     ] = None,
+    guards: Annotated[
+        list[str] | None,
+        typer.Option("--guard", help="bound: perplexity=1.2, retention=0.8 or norm=1; see --guard-texts; may be repeated"),
+    ] = None,
+    guard_texts: Annotated[Path | None, typer.Option(help="held-out text for the perplexity, a document a line")] = None,
+    guard_every: Annotated[
+        int, typer.Option(help="steps between probes, which are kept or rolled back together", min=1)
+    ] = 1,
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(help="facts a step", min=1)] = 100,
     moments: MomentsDir = None,
@@ -121,8 +130,10 @@ def edit(
 ) -> None:
     """Write facts into a model, in a new session or one begun earlier; saved after every batch, so it can be interrupted.
 
-    Run the same command again to go on: facts that the session holds already are skipped.
+    Run the same command again to go on: facts that the session holds already are skipped. With --guard, a step after which
+    the model is out of bounds is not kept: the session stays as it was, `kedit log` says why, the exit status is 1.
     """
+    bounds = read_bounds(guards or [], guard_texts, guard_every)
     wanted = _requests(read_facts(facts, columns, sha256, zsre_target))
     options = {"editor": editor, "layers": layers and parse_layers(layers), "moment_weight": moment_weight, "ridge": ridge}
     options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
@@ -154,8 +165,11 @@ def edit(
         if lock is None:
             _show_plan(current, new, conflicts, similarity)
             return
-        current = _edit_in_batches(current, new, lock, batch, {"conflicts": conflicts, "similarity": similarity})
+        watch = guard(current, bounds, guard_texts, guard_every)
+        current = _edit_in_batches(current, new, lock, batch, {"conflicts": conflicts, "similarity": similarity}, watch)
     console.print(f"{show.summary(current)}; stored in {escape(str(session))}")
+    if current.events and current.events[-1].kind == "rollback":
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -259,7 +273,7 @@ def _not_yet_written(session: EditSession, wanted: list[EditRequest]) -> list[Ed
         return {(fact.prompt, fact.subject, fact.target) for fact in facts}
 
     seen = {"are in the session already": said(session.facts)}
-    seen["were left out before, because of conflicts,"] = said(session.skipped)
+    seen["were left out before (`kedit log` says why)"] = said(session.skipped)
     seen["were taken back or replaced before (`kedit restore` brings them back)"] = said(session.retired)
     new = wanted
     for why, known in seen.items():
@@ -284,11 +298,17 @@ def _show_plan(session: EditSession, new: list[EditRequest], conflicts: str | No
 
 
 def _edit_in_batches(
-    session: EditSession, new: list[EditRequest], lock: SessionLock, size: int, policy: dict[str, Any]
+    session: EditSession, new: list[EditRequest], lock: SessionLock, size: int, policy: dict[str, Any], watch: Guard
 ) -> EditSession:
+    """Stored after every step, or every few where a guard probes only then; ends at the first that it does not keep."""
+    batches = [new[begin : begin + size] for begin in range(0, len(new), size)]
     with show.bar(console, "facts", len(new)) as move:
-        for begin in range(0, len(new), size):
-            session, _ = session.edit(new[begin : begin + size], **policy)
+        for begin in range(0, len(batches), watch.every):
+            session, breaches = watch.edit(session, batches[begin : begin + watch.every], policy)
             save_session(session, lock.folder, lock=lock)
-            move(min(begin + size, len(new)), len(new))
+            if breaches:
+                for said in breaches:
+                    console.print(f"[bold red]rolled back:[/] {escape(said)}", highlight=False)
+                break
+            move(min((begin + watch.every) * size, len(new)), len(new))
     return session

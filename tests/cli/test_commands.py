@@ -200,6 +200,24 @@ def test_commands_that_change_a_session_wait_for_nobody(home: Path, kedit: Kedit
     assert not (home / "none").exists()
 
 
+def test_a_guarded_edit_keeps_what_is_within_bounds(home: Path, kedit: Kedit) -> None:
+    whole = ["edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--batch", "1", *OPTIONS]
+    kedit(*whole, "--session", "unguarded")
+    wide = ["--guard", "norm=1000", "--guard", "perplexity=1e9", "--guard-texts", "corpus.txt", "--guard-every", "2"]
+    kedit(*whole, "--session", "wide", *wide)
+    assert read_manifest(home / "wide")["facts"] == read_manifest(home / "unguarded")["facts"]
+    said = kedit(*whole, "--session", "narrow", "--guard", "norm=1e-9", status=1)
+    assert "rolled back: norm of the update over that of its kernel is" in said
+    manifest = read_manifest(home / "narrow")
+    assert (manifest["facts"], [event["kind"] for event in manifest["events"]]) == ([], ["rollback"])
+    assert "must be at most 1e-09" in kedit("log", "--session", "narrow")
+    kedit(*whole, "--session", "narrow")
+    assert len(read_manifest(home / "narrow")["facts"]) == 2, "the one rolled back is skipped, the others are written"
+    said = kedit(*whole, "--session", "bad", "--guard", "norm", "--guard", "sense=1", "--guard", "perplexity=2", status=1)
+    assert all(words in said for words in ("'norm' is no bound", "there is no 'sense'", "needs --guard-texts"))
+    assert not has_session(home / "bad")
+
+
 def test_an_interrupted_edit_goes_on_where_it_stopped(home: Path, kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ["edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--batch", "1", *OPTIONS]
     kedit(*whole, "--session", "whole")
