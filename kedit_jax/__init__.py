@@ -1,6 +1,6 @@
 """Knowledge editing for language models in JAX: a sequence of edits that equals the one-time edit of them all."""
 
-from kedit_jax.checkpoint import load_session, save_session
+from kedit_jax.checkpoint import load_session, lock_session, save_session
 from kedit_jax.delta import Dense, EditDelta, LowRank, apply_edits, revert_edits
 from kedit_jax.editing import (
     PUBLISHED,
@@ -69,6 +69,7 @@ __all__ = [
     "load_model",
     "load_session",
     "load_tokenizer",
+    "lock_session",
     "merge",
     "model_fingerprint",
     "parse_records",

@@ -1,41 +1,81 @@
-"""Editing sessions on disk: an Orbax checkpoint a version, written whole or not at all.
+"""Editing sessions on disk: an Orbax checkpoint a version, written whole or not at all, by one process at a time.
 
-A session folder holds `00000001/`, `00000002/` ...: Orbax writes a version under a temporary name and renames it when it is
-complete, and only then is the version before it deleted. The highest complete one is the session. Orbax is used nowhere
-else in the package: its v1 API still moves.
+A session folder holds `00000001/`, `00000002/` ... A version is written under a hidden name, gets the checksums of its
+files, is flushed to the disk (Orbax flushes the arrays, but neither what it says of them, nor the manifest, nor the folders
+above), and takes its own name by a rename; only then is the version before it deleted. The highest complete one is the
+session. Orbax is used nowhere else in the package: its v1 API still moves.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from kedit_jax import solve
+from kedit_jax import files, solve
 from kedit_jax.editing.history import Compacted
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, Event, StoredLayer, restore_session
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.errors import SessionError
+from kedit_jax.errors import KeditError, SessionError
 from kedit_jax.models import Decoder, model_fingerprint
 
-FORMAT = 2
-"""2 added facts taken back or skipped, compaction and times; sessions of format 1 are read as if they had none."""
+FORMAT = 3
+"""2 added facts taken back or skipped, compaction and times; sessions of format 1 are read as if they had none. 3 added
+checksums of the files, without which damage shows in the arrays alone, and the reasons of steps rolled back."""
 _VERSION_DIGITS = 8
+_MANIFEST = "_CHECKPOINT_METADATA"  # where Orbax keeps it
+_WRITING, _REMOVED = ".writing-", ".removed-"  # a version that is not yet, and one that is no longer
+
+Read = TypeVar("Read")
 _PRIOR_TOLERANCE = 1e-9  # relative; moments recomputed elsewhere differ by rounding, some 1e-15
 
 
-def save_session(session: EditSession, folder: str | Path, *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class SessionLock:
+    """That this process alone writes the session in a folder, for as long as `lock_session` holds."""
+
+    folder: Path
+
+
+@contextlib.contextmanager
+def lock_session(folder: str | Path) -> Iterator[SessionLock]:
+    """Be the one that changes a session, from loading it to saving it, so that no edit made in between is lost.
+
+    Hand the lock to `save_session`. It ends with the process, however that ends. Reading needs none.
+
+    Raises:
+        SessionError: another process holds it; it is named.
+    """
+    folder = Path(folder).absolute()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.locked(folder))
+        except BlockingIOError as error:
+            raise SessionError(
+                f"the session in {str(folder)!r} is being written by {error}; end it or wait until it is done"
+            ) from None
+        except OSError as error:
+            raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; nothing was stored") from error
+        yield SessionLock(folder)
+
+
+def save_session(
+    session: EditSession, folder: str | Path, *, overwrite: bool = False, lock: SessionLock | None = None
+) -> Path:
     """Store a session as the newest version in `folder`; until that is complete, the version before it stays.
 
     Stored are the delta and constraints, the facts, settings, prefixes, history, and the fingerprints of the
@@ -43,35 +83,64 @@ def save_session(session: EditSession, folder: str | Path, *, overwrite: bool = 
 
     Args:
         overwrite: also where the folder holds a session that this one does not continue.
+        lock: what `lock_session` gave for this folder; without it, the folder is locked while the session is written.
 
     Returns:
         The folder of the version written.
 
     Raises:
-        SessionError: no space, no permission, or another session in the folder; what was there is untouched.
+        SessionError: no space, no permission, another process writing there, another session in the folder, or a newer
+            state of this one; what was there is untouched.
     """
     folder = Path(folder).absolute()
+    if lock is not None and lock.folder != folder:
+        raise SessionError(f"the lock is on {str(lock.folder)!r}, not on {str(folder)!r}; lock the folder that is written")
     arrays = _arrays(session)
     manifest = _manifest(session) | {"arrays": _digest(arrays)}
-    before = _versions(folder)
-    stored = _read_manifest(before[-1]) if before else None
-    if stored is not None and not overwrite:
-        _check_continues(stored, session, manifest, folder)
-    manifest["times"] = _times(session, stored)
-    number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
-    target = folder / f"{number:0{_VERSION_DIGITS}d}"
+    before: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_space(folder, sum(a.nbytes for a in jax.tree.leaves(arrays)))
-        ocp.save_checkpointables(target, {"arrays": arrays}, custom_metadata=manifest)
+        with contextlib.nullcontext() if lock is not None else lock_session(folder):
+            before = _versions(folder)
+            stored = _read_manifest(before[-1]) if before else None
+            if stored is not None and not overwrite:
+                _check_continues(stored, session, manifest, folder)
+            return _write(folder, arrays, manifest | {"times": _times(session, stored)}, before)
+    except SessionError:
+        raise
     except Exception as error:  # whatever the storage layers raise, the user needs to know where the session stands
-        for leftover in folder.glob(f"{target.name}*") if folder.is_dir() else ():
-            shutil.rmtree(leftover, ignore_errors=True)
         kept = f"version {before[-1].name} is intact" if before else "nothing was stored"
         raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; {kept}") from error
-    for old in before:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, arrays: dict[str, Any], manifest: dict[str, Any], before: list[Path]) -> Path:
+    """The next version, on the disk before those before it are deleted. The folder is locked."""
+    number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
+    target = folder / f"{number:0{_VERSION_DIGITS}d}"
+    partial = folder / f"{_WRITING}{target.name}"
+    _sweep(folder)
+    try:
+        _check_space(folder, sum(a.nbytes for a in jax.tree.leaves(arrays)))
+        ocp.save_checkpointables(partial, {"arrays": arrays}, custom_metadata=manifest)
+        files.write_sums(partial)
+        files.sync_tree(partial)
+        os.rename(partial, target)
+    except Exception:
+        _sweep(folder)
+        raise
+    files.sync(folder)
+    files.sync(folder.parent)
+    for old in before:  # renamed first, so that one that is half deleted does not bear its name
+        with contextlib.suppress(OSError):
+            os.rename(old, folder / f"{_REMOVED}{old.name}")
+    _sweep(folder)
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what is no version: of this process, and of those that were killed while they wrote."""
+    for prefix in (_WRITING, _REMOVED):
+        for left in folder.glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def load_session(
@@ -88,7 +157,10 @@ def load_session(
         SessionError: no session there, one of a newer format, or another model, dtype, layer or corpus than it was made
             with: everything that differs is listed.
     """
-    version = newest_version(folder)
+    return _of_newest(folder, lambda version: _load(version, model, tokenizer, moments, priors))
+
+
+def _load(version: Path, model: Decoder, tokenizer: Any, moments: Moments, priors: str | Path | None) -> EditSession:
     manifest = _read_manifest(version)
     settings = EditSettings.from_dict(manifest["settings"])
     problems = [
@@ -103,15 +175,17 @@ def load_session(
         if stored != given
     ]
     if problems:
-        raise SessionError.listing(f"the session in {str(folder)!r} was made with something else:", problems)
+        raise SessionError.listing(f"the session in {str(version)!r} was made with something else:", problems)
+    if (version / files.SUMS).is_file():
+        _check_undamaged(version, files.check_sums(version))
     try:
         arrays = ocp.load_checkpointables(version)["arrays"]
         if _digest(arrays) != manifest["arrays"]:
             raise ValueError("its arrays are not those that were saved")
         kernel = (model.config.d_ff, model.config.d_model)
         layers = {layer: _stored_layer(arrays.get("layers", {}).get(str(layer), {}), kernel) for layer in settings.layers}
-    except (OSError, ValueError, KeyError) as error:
-        raise SessionError(f"the session in {str(version)!r} is damaged: {error}") from error
+    except Exception as error:  # without checksums, any of Orbax's layers can meet the damage
+        raise _damaged(version, [str(error)]) from error
     session = restore_session(
         model,
         tokenizer,
@@ -128,7 +202,7 @@ def load_session(
         skipped=_facts(manifest, "skipped"),
         compacted=manifest.get("compacted", 0),
     )
-    _check_priors({layer: editor.prior for layer, editor in session.editors.items()}, manifest["priors"], folder)
+    _check_priors({layer: editor.prior for layer, editor in session.editors.items()}, manifest["priors"], version)
     return session
 
 
@@ -138,7 +212,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         SessionError: no session there, or one of a newer format.
     """
-    return _read_manifest(newest_version(folder))
+    return _of_newest(folder, _read_manifest)
 
 
 def read_events(manifest: Mapping[str, Any]) -> tuple[Event, ...]:
@@ -151,14 +225,15 @@ def read_events(manifest: Mapping[str, Any]) -> tuple[Event, ...]:
             tuple(event.get("skipped", ())),
             event.get("undoes"),
             tuple(event.get("texts", ())),
+            event.get("reason", ""),
         )
         for event in manifest["events"]
     )
 
 
 def has_session(folder: str | Path) -> bool:
-    """Whether a complete session is stored there."""
-    return bool(_versions(Path(folder).absolute()))
+    """Whether a session is stored there, or parts of one, which `read_manifest` then names."""
+    return bool(_numbered(Path(folder).absolute()))
 
 
 def newest_version(folder: str | Path) -> Path:
@@ -175,12 +250,26 @@ def newest_version(folder: str | Path) -> Path:
     return versions[-1]
 
 
+def _of_newest(folder: str | Path, read: Callable[[Path], Read]) -> Read:
+    """What is read of the newest version; of the next one where a process that writes has replaced it meanwhile."""
+    version = newest_version(folder)
+    while True:
+        try:
+            return read(version)
+        except SessionError:
+            version, before = newest_version(folder), version
+            if version == before:
+                raise
+
+
 def _versions(folder: Path) -> list[Path]:
-    """Complete versions, oldest first. What Orbax did not finish bears another name, what was half copied has no mark."""
+    """Complete versions, oldest first. What was not finished bears another name, what was half copied may have no mark."""
     return [path for path in _numbered(folder) if _is_complete(path)]
 
 
 def _is_complete(version: Path) -> bool:
+    if (version / files.SUMS).is_file():  # the last to be written; what else is missing is damage, and is named
+        return True
     try:  # `ocp.is_orbax_checkpoint` is content with an empty folder
         return bool(ocp.checkpointables_metadata(version).custom_metadata)
     except (OSError, ValueError, KeyError):
@@ -301,10 +390,12 @@ def _check_priors(priors: Mapping[int, solve.Prior], stored: dict[str, Any], fol
 
 
 def _read_manifest(version: Path) -> dict[str, Any]:
+    if (version / files.SUMS).is_file():
+        _check_undamaged(version, files.check_sums(version, only=_MANIFEST))
     try:
         manifest = ocp.checkpointables_metadata(version).custom_metadata
     except (OSError, ValueError, KeyError) as error:
-        raise SessionError(f"the session in {str(version)!r} is damaged: {error}") from error
+        raise _damaged(version, [str(error)]) from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise SessionError(f"{str(version)!r} is an Orbax checkpoint, but no editing session")
     if manifest["format"] > FORMAT:
@@ -312,7 +403,20 @@ def _read_manifest(version: Path) -> dict[str, Any]:
             f"{str(version)!r} has session format {manifest['format']}, newer than {FORMAT}, the newest known here; "
             "upgrade kedit-jax"
         )
+    if manifest["format"] > 2 and not (version / files.SUMS).is_file():
+        raise _damaged(version, [f"{files.SUMS} is missing"])
     return manifest
+
+
+def _check_undamaged(version: Path, problems: list[str]) -> None:
+    if problems:
+        raise _damaged(version, problems)
+
+
+def _damaged(version: Path, problems: list[str]) -> KeditError:
+    others = [path.name for path in _versions(version.parent) if path.name < version.name]
+    mend = f"delete it to go on with version {others[-1]}" if others else "bring the folder back from a copy"
+    return SessionError.listing(f"the session in {str(version)!r} is damaged; {mend}:", problems)
 
 
 def _check_continues(stored: dict[str, Any], session: EditSession, manifest: dict[str, Any], folder: Path) -> None:
@@ -322,8 +426,9 @@ def _check_continues(stored: dict[str, Any], session: EditSession, manifest: dic
     same = same and EditSettings.from_dict(stored["settings"]) == session.settings
     if not same or session.events[: len(events)] != events:
         raise SessionError(
-            f"{str(folder)!r} holds another session, of {len(stored['facts'])} facts, which this one does not continue; "
-            "choose another folder, or pass overwrite=True to replace it"
+            f"{str(folder)!r} holds another session, of {len(stored['facts'])} facts after {len(events)} steps, which this "
+            f"one, after {len(session.events)}, does not continue; if it was changed since you loaded it, load it again and "
+            "repeat your step; otherwise choose another folder, or pass overwrite=True to replace it"
         )
 
 

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kedit_jax.checkpoint import has_session, read_manifest, save_session
+from kedit_jax.checkpoint import SessionLock, has_session, lock_session, read_manifest, save_session
 from kedit_jax.cli import history, show
 from kedit_jax.cli.cache import compiled_programs_kept
 from kedit_jax.cli.common import (
@@ -34,6 +34,7 @@ from kedit_jax.cli.common import (
 from kedit_jax.cli.demo import demo
 from kedit_jax.cli.evaluating import evaluate_command
 from kedit_jax.cli.export import export
+from kedit_jax.cli.guarding import Guard, guard, read_bounds
 from kedit_jax.cli.machine import doctor, inspect
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, default_tokens, moments_path
@@ -114,6 +115,14 @@ def edit(
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="any other setting, as values.learning_rate=0.1; may be repeated")
     ] = None,
+    guards: Annotated[
+        list[str] | None,
+        typer.Option("--guard", help="bound: perplexity=1.2, retention=0.8 or norm=1; see --guard-texts; may be repeated"),
+    ] = None,
+    guard_texts: Annotated[Path | None, typer.Option(help="held-out text for the perplexity, a document a line")] = None,
+    guard_every: Annotated[
+        int, typer.Option(help="steps between probes, which are kept or rolled back together", min=1)
+    ] = 1,
     max_tokens: MaxTokens = None,
     batch: Annotated[int, typer.Option(help="facts a step", min=1)] = 100,
     moments: MomentsDir = None,
@@ -121,38 +130,46 @@ def edit(
 ) -> None:
     """Write facts into a model, in a new session or one begun earlier; saved after every batch, so it can be interrupted.
 
-    Run the same command again to go on: facts that the session holds already are skipped.
+    Run the same command again to go on: facts that the session holds already are skipped. With --guard, a step after which
+    the model is out of bounds is not kept: the session stays as it was, `kedit log` says why, the exit status is 1.
     """
+    bounds = read_bounds(guards or [], guard_texts, guard_every)
     wanted = _requests(read_facts(facts, columns, sha256, zsre_target))
     options = {"editor": editor, "layers": layers and parse_layers(layers), "moment_weight": moment_weight, "ridge": ridge}
     options |= {"l2": l2, "null_threshold": null_threshold, "noise": noise}
     options |= {"history": mode, "post": post, "compensate": compensate} | assigned(assign or [])
     folder = moments or session / "moments"
-    if has_session(session):
-        _check_same_settings(session, settings, preset, options)
-        decoder, tokenizer = load_for(session, model, dtype)
-        current = open_session(session, decoder, tokenizer, folder)
-    else:
-        chosen = _settings(settings, preset, options)
-        if corpus is None:
-            raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
-        decoder, tokenizer = load(model, dtype=dtype)
-        check_editable(decoder.config)
-        if preset is not None:
-            check_preset(preset, decoder.config)
-        if chosen is None:
-            chosen = _with_options(derive_settings(decoder.config), options)
-            console.print(
-                f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
-            )
-        found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
-        current = start_session(decoder, tokenizer, found, chosen, priors=folder)
-    new = _not_yet_written(current, wanted)
-    if dry_run:
-        _show_plan(current, new, conflicts, similarity)
-        return
-    current = _edit_in_batches(current, new, session, batch, {"conflicts": conflicts, "similarity": similarity})
+    with ExitStack() as until_stored:
+        if has_session(session):
+            _check_same_settings(session, settings, preset, options)
+            lock = None if dry_run else until_stored.enter_context(lock_session(session))
+            decoder, tokenizer = load_for(session, model, dtype)
+            current = open_session(session, decoder, tokenizer, folder)
+        else:
+            chosen = _settings(settings, preset, options)
+            if corpus is None:
+                raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
+            lock = None if dry_run else until_stored.enter_context(lock_session(session))
+            decoder, tokenizer = load(model, dtype=dtype)
+            check_editable(decoder.config)
+            if preset is not None:
+                check_preset(preset, decoder.config)
+            if chosen is None:
+                chosen = _with_options(derive_settings(decoder.config), options)
+                console.print(
+                    f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
+                )
+            found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
+            current = start_session(decoder, tokenizer, found, chosen, priors=folder)
+        new = _not_yet_written(current, wanted)
+        if lock is None:
+            _show_plan(current, new, conflicts, similarity)
+            return
+        watch = guard(current, bounds, guard_texts, guard_every)
+        current = _edit_in_batches(current, new, lock, batch, {"conflicts": conflicts, "similarity": similarity}, watch)
     console.print(f"{show.summary(current)}; stored in {escape(str(session))}")
+    if current.events and current.events[-1].kind == "rollback":
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -256,7 +273,7 @@ def _not_yet_written(session: EditSession, wanted: list[EditRequest]) -> list[Ed
         return {(fact.prompt, fact.subject, fact.target) for fact in facts}
 
     seen = {"are in the session already": said(session.facts)}
-    seen["were left out before, because of conflicts,"] = said(session.skipped)
+    seen["were left out before (`kedit log` says why)"] = said(session.skipped)
     seen["were taken back or replaced before (`kedit restore` brings them back)"] = said(session.retired)
     new = wanted
     for why, known in seen.items():
@@ -281,11 +298,17 @@ def _show_plan(session: EditSession, new: list[EditRequest], conflicts: str | No
 
 
 def _edit_in_batches(
-    session: EditSession, new: list[EditRequest], folder: Path, size: int, policy: dict[str, Any]
+    session: EditSession, new: list[EditRequest], lock: SessionLock, size: int, policy: dict[str, Any], watch: Guard
 ) -> EditSession:
+    """Stored after every step, or every few where a guard probes only then; ends at the first that it does not keep."""
+    batches = [new[begin : begin + size] for begin in range(0, len(new), size)]
     with show.bar(console, "facts", len(new)) as move:
-        for begin in range(0, len(new), size):
-            session, _ = session.edit(new[begin : begin + size], **policy)
-            save_session(session, folder)
-            move(min(begin + size, len(new)), len(new))
+        for begin in range(0, len(batches), watch.every):
+            session, breaches = watch.edit(session, batches[begin : begin + watch.every], policy)
+            save_session(session, lock.folder, lock=lock)
+            if breaches:
+                for said in breaches:
+                    console.print(f"[bold red]rolled back:[/] {escape(said)}", highlight=False)
+                break
+            move(min((begin + watch.every) * size, len(new)), len(new))
     return session

@@ -1,12 +1,14 @@
 """The commands that look at a session's history or change it without optimising anything: log, retract, undo ..."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from kedit_jax.checkpoint import read_events, read_manifest, save_session
+from kedit_jax.checkpoint import SessionLock, lock_session, newest_version, read_events, read_manifest, save_session
 from kedit_jax.cli import show
 from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, load_for, open_session
 from kedit_jax.editing import algebra
@@ -40,21 +42,22 @@ def log(
 
 def retract(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Take facts back, as if they had never been edited."""
-    current, _ = _open(model, session, moments, dtype).retract(ids)
-    _store(current, session, f"took back {len(set(ids))}")
+    with _opened(model, session, moments, dtype) as (before, lock):
+        _store(before.retract(ids)[0], lock, f"took back {len(set(ids))}")
 
 
 def restore(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Write facts once more that were taken back or replaced, from their recorded constraints."""
-    current, _ = _open(model, session, moments, dtype).restore(ids)
-    _store(current, session, f"restored {len(set(ids))}")
+    with _opened(model, session, moments, dtype) as (before, lock):
+        _store(before.restore(ids)[0], lock, f"restored {len(set(ids))}")
 
 
 def undo(model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Take the last step back, whatever it was; again, the one before it."""
-    current, _ = algebra.undo(_open(model, session, moments, dtype))
-    undone = current.events[-1].undoes or 0  # an undo names what it undoes
-    _store(current, session, f"undid step {undone} ({current.events[undone - 1].kind})")
+    with _opened(model, session, moments, dtype) as (before, lock):
+        current, _ = algebra.undo(before)
+        undone = current.events[-1].undoes or 0  # an undo names what it undoes
+        _store(current, lock, f"undid step {undone} ({current.events[undone - 1].kind})")
 
 
 def merge(
@@ -71,10 +74,10 @@ def merge(
     dtype: Dtype = None,
 ) -> None:
     """Merge another session of the same model: the one-time edit of the facts of both."""
-    first = _open(model, session, moments, dtype)
-    second = open_session(other, first.base, first.tokenizer, moments)
-    current, _ = algebra.merge(first, second, conflicts=conflicts, prefix=prefix)
-    _store(current, session, f"merged {len(current.events[-1].ids)} facts of {escape(str(other))}")
+    with _opened(model, session, moments, dtype) as (first, lock):
+        second = open_session(other, first.base, first.tokenizer, moments)
+        current, _ = algebra.merge(first, second, conflicts=conflicts, prefix=prefix)
+        _store(current, lock, f"merged {len(current.events[-1].ids)} facts of {escape(str(other))}")
 
 
 def compact(
@@ -85,18 +88,22 @@ def compact(
     dtype: Dtype = None,
 ) -> None:
     """Shrink a session to memory that no longer grows with its facts; they can then not be taken back any more."""
-    current = _open(model, session, moments, dtype)
-    count = len(current.facts) - current.compacted
-    if not yes:
-        typer.confirm(f"{count} facts can then never be retracted, replaced or restored again. Go on?", abort=True)
-    _store(algebra.compact(current), session, f"compacted {count} facts, which can no longer be taken back")
+    with _opened(model, session, moments, dtype) as (before, lock):
+        count = len(before.facts) - before.compacted
+        if not yes:
+            typer.confirm(f"{count} facts can then never be retracted, replaced or restored again. Go on?", abort=True)
+        _store(algebra.compact(before), lock, f"compacted {count} facts, which can no longer be taken back")
 
 
-def _open(model: str, session: Path, moments: Path | None, dtype: str | None) -> EditSession:
-    decoder, tokenizer = load_for(session, model, dtype)
-    return open_session(session, decoder, tokenizer, moments)
+@contextmanager
+def _opened(model: str, session: Path, moments: Path | None, dtype: str | None) -> Iterator[tuple[EditSession, SessionLock]]:
+    """A stored session that nobody else changes until this command has."""
+    newest_version(session)  # or locking would make the folder
+    with lock_session(session) as lock:
+        decoder, tokenizer = load_for(session, model, dtype)
+        yield open_session(session, decoder, tokenizer, moments), lock
 
 
-def _store(session: EditSession, folder: Path, what: str) -> None:
-    save_session(session, folder)
+def _store(session: EditSession, lock: SessionLock, what: str) -> None:
+    save_session(session, lock.folder, lock=lock)
     console.print(f"{what}; {show.summary(session)}", highlight=False)

@@ -52,6 +52,7 @@ def log(events: Sequence[Event], times: Sequence[str], texts: Mapping[str, str],
         steps.append(
             [
                 f"[bold]step {number}[/]  {what}  [dim]{time.replace('T', ' ')}[/]  {_counted(event)}",
+                *([f"    {escape(event.reason)}"] if event.reason else []),
                 *(line for mark, facts in marks if event.kind != "undo" for line in _shown(mark, facts, limit)),
             ]
         )

@@ -3,6 +3,7 @@
 from kedit_jax.editing.algebra import compact, difference, merge, undo
 from kedit_jax.editing.conflicts import Conflict, Plan
 from kedit_jax.editing.drift import Drift, key_drift
+from kedit_jax.editing.guard import Probe, edit_guarded, finite, relative_norm
 from kedit_jax.editing.moments import Moments, compute_moments, read_moments
 from kedit_jax.editing.presets import PRESETS, PUBLISHED, derive_settings, read_settings
 from kedit_jax.editing.requests import EditRequest, read_requests, write_requests
@@ -21,19 +22,23 @@ __all__ = [
     "Event",
     "Moments",
     "Plan",
+    "Probe",
     "ValueSettings",
     "Values",
     "compact",
     "compute_moments",
     "derive_settings",
     "difference",
+    "edit_guarded",
     "equivalence_error",
+    "finite",
     "key_drift",
     "merge",
     "read_moments",
     "read_requests",
     "read_settings",
     "relative_error",
+    "relative_norm",
     "start_session",
     "undo",
     "write_requests",

@@ -207,9 +207,9 @@ def _with_rows(merged: EditSession, second: EditSession, places: np.ndarray, pla
 
 
 def _last_standing(events: Sequence[Event]) -> int | None:
-    """The last event that is neither an undo nor undone."""
+    """The last event that changed something and is neither an undo nor undone."""
     undone = {event.undoes for event in events}
-    standing = [n for n, event in enumerate(events) if event.kind != "undo" and n + 1 not in undone]
+    standing = [n for n, event in enumerate(events) if event.kind not in ("undo", "rollback") and n + 1 not in undone]
     return standing[-1] if standing else None
 
 

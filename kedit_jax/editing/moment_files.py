@@ -5,6 +5,7 @@ an array of its own; the rest is the upper triangle of the sum over complete blo
 the same file under another name.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,10 +22,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kedit_jax import files
 from kedit_jax.errors import KeditError
 
-FORMAT = 2
-"""2 added sums and errors; in files without a format each layer's array is C0, and they are read as they were."""
+FORMAT = 3
+"""2 added sums and errors; in files without a format each layer's array is C0, and they are read as they were. 3 added the
+checksum of what a file says of itself: before, the one of its arrays was all."""
 
 WRITING, ABANDONED = ".moments-", 24 * 3600  # names of files that are being written, and seconds after which none is
 
@@ -128,27 +131,29 @@ def moments_path(cache: str | Path, fingerprint: str) -> Path:
 
 def read_moments(path: str | Path) -> Moments:
     """Moments as `compute_moments` stored them. Raises KeditError where the file is missing or damaged."""
-    about, arrays = _read(Path(path))
-    if about["sums"] is None:
-        by_layer = {layer: arrays[str(layer)] for layer in about["layers"]}
-    else:
-        by_layer = {layer: _below(arrays, layer) for layer in about["layers"]}
-    errors = dict(zip(about["layers"], about["errors"], strict=True)) if about["errors"] else {}
-    return Moments(by_layer, about["tokens"], about["model"], about["corpus"], about["dtype"], errors)
+    with _damage_named(Path(path)):
+        about, arrays = _read(Path(path))
+        if about["sums"] is None:
+            by_layer = {layer: arrays[str(layer)] for layer in about["layers"]}
+        else:
+            by_layer = {layer: _below(arrays, layer) for layer in about["layers"]}
+        errors = dict(zip(about["layers"], about["errors"], strict=True)) if about["errors"] else {}
+        return Moments(by_layer, about["tokens"], about["model"], about["corpus"], about["dtype"], errors)
 
 
 def read_sums(path: Path) -> Sums:
     """What a computation goes on with. Raises KeditError where the file is damaged."""
-    about, arrays = _read(path)
-    done = about["sums"]
-    return Sums(
-        {layer: arrays[f"{layer}.triangles"].T for layer in about["layers"]},
-        dict(zip(about["layers"], done["squares"], strict=True)),
-        done["blocks"],
-        done["tokens"],
-        done["corpus"],
-        done["first"],
-    )
+    with _damage_named(path):
+        about, arrays = _read(path)
+        done = about["sums"]
+        return Sums(
+            {layer: arrays[f"{layer}.triangles"].T for layer in about["layers"]},
+            dict(zip(about["layers"], done["squares"], strict=True)),
+            done["blocks"],
+            done["tokens"],
+            done["corpus"],
+            done["first"],
+        )
 
 
 def write_moments(path: Path, moments: Moments, sums: Sums | None = None, batch_tokens: int = 0) -> None:
@@ -186,7 +191,8 @@ def stored_prefixes(cache: Path, work: Work, most: int | float) -> tuple[dict[st
     """
     prefixes, furthest = {}, 0
     for path in sorted([*cache.glob("moments-*.safetensors"), *cache.glob("partial-*.safetensors")]):
-        about, _ = _read(path, only_about=True)
+        with _damage_named(path):
+            about, _ = _read(path, only_about=True)
         if (about["model"], about["layers"], about["dtype"]) != (work.model, list(work.layers), work.dtype):
             continue
         done = about["sums"] or {"tokens": 0}
@@ -250,31 +256,38 @@ def _below(arrays: Mapping[str, np.ndarray], layer: int) -> Float[np.ndarray, "k
     return c0
 
 
-def _read(path: Path, *, only_about: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a stored file says of itself, and its arrays. Raises KeditError where it is missing or damaged."""
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="numpy") as file:
-            about, names = file.metadata(), list(file.keys())
-            if "format" not in about:
-                about = {
-                    **about,
-                    "format": "1",
-                    "layers": json.dumps(sorted(map(int, names))),
-                    "errors": "null",
-                    "sums": "null",
-                }
-            if int(about["format"]) > FORMAT:
-                raise ValueError(f"format {about['format']} is of a newer kedit_jax")
-            read: dict[str, Any] = {name: about[name] for name in ("model", "corpus", "dtype")}
-            read |= {name: json.loads(about[name]) for name in ("tokens", "layers", "errors", "sums")}
-            arrays = {} if only_about else {name: file.get_tensor(name) for name in names}
-            if not only_about and about["arrays"] != _digest(arrays):
-                raise ValueError("its numbers are not those that were written")
-            return read, arrays
+        yield
     except FileNotFoundError as error:
         raise KeditError(f"no moments at {str(path)!r}; compute them with `kedit stats`") from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise KeditError(f"stored moments {str(path)!r} are damaged ({error}); delete the file to recompute") from error
+
+
+def _read(path: Path, *, only_about: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a stored file says of itself, and its arrays. Raises as `_damage_named` expects."""
+    with safe_open(path, framework="numpy") as file:
+        about, names = file.metadata(), list(file.keys())
+        if "format" not in about:
+            layers = json.dumps(sorted(map(int, names)))
+            about = {**about, "format": "1", "layers": layers, "errors": "null", "sums": "null"}
+        if int(about["format"]) > FORMAT:
+            raise ValueError(f"format {about['format']} is of a newer kedit_jax")
+        if int(about["format"]) > 2 and about["about"] != _about_digest(about):
+            raise ValueError("what it says of itself is not what was written")
+        read: dict[str, Any] = {name: about[name] for name in ("model", "corpus", "dtype")}
+        read |= {name: json.loads(about[name]) for name in ("tokens", "layers", "errors", "sums")}
+        arrays = {} if only_about else {name: file.get_tensor(name) for name in names}
+        if not only_about and about["arrays"] != _digest(arrays):
+            raise ValueError("its numbers are not those that were written")
+        return read, arrays
+
+
+def _about_digest(about: Mapping[str, str]) -> str:
+    told = sorted((name, text) for name, text in about.items() if name != "about")
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -292,26 +305,19 @@ def _store(path: Path, arrays: dict[str, np.ndarray], work: Work, sums: Sums, ab
     done |= {"squares": [sums.squares[layer] for layer in work.layers], "batch_tokens": work.batch_tokens}
     about = about | {"format": str(FORMAT), "model": work.model, "dtype": work.dtype, "layers": json.dumps(work.layers)}
     about |= {"sums": json.dumps(done), "arrays": _digest(arrays)}
+    about |= {"about": _about_digest(about)}
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
     try:
         os.close(handle)
         save_file(arrays, unfinished, metadata=about)
-        _flush(unfinished)
+        files.sync(Path(unfinished))
         os.replace(unfinished, path)
+        files.sync(path.parent)
     except BaseException as error:
         os.unlink(unfinished)
         if isinstance(error, OSError | SafetensorError):
             raise _unwritable(path.parent, error) from error
         raise
-
-
-def _flush(file: str) -> None:
-    """Onto the disk, so that a power cut after the renaming finds the content, too."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unwritable(folder: Path, error: Exception) -> KeditError:

@@ -41,12 +41,14 @@ class Event:
     """One line of a session's history.
 
     Attributes:
-        kind: `edit`, `replace`, `retract`, `restore`, `merge`, `compact` or `undo`.
+        kind: `edit`, `replace`, `retract`, `restore`, `merge`, `compact`, `undo` or `rollback`, a step that a guard
+            (`kedit_jax.editing.guard`) did not keep.
         ids: the facts that it wrote, took back, restored or compacted.
         replaced: the facts that left for those, under the policy on conflicts or because their target was replaced.
-        skipped: the facts that the policy left out.
+        skipped: the facts that the policy, or a guard, left out.
         undoes: number of the event, counted from 1, that an `undo` took back.
         texts: what each of `ids` said, where the event wrote them; a fact's target can be replaced later.
+        reason: why a guard rolled the step back.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Event:
     skipped: tuple[str, ...] = ()
     undoes: int | None = None
     texts: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ class EditSession:
         batches: how many of them each batch wrote, those that were compacted left out.
         events: what was done, in order.
         retired: facts that were taken back and can be restored, the latest last; an id can have several versions.
-        skipped: facts that a policy on conflicts left out.
+        skipped: facts that a policy on conflicts, or a guard, left out.
         compacted: how many of `facts`, the first ones, are kept as statistics alone.
         reports: how the last batch's target values came out.
         sizes: of the last batch's arrays, used once more by batches that fit, so that few programs are compiled.

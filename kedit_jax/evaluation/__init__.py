@@ -37,6 +37,7 @@ from kedit_jax.evaluation.freely import (
     write_texts,
 )
 from kedit_jax.evaluation.perplexity import PreparedTexts, perplexity, prepare_texts
+from kedit_jax.evaluation.probes import retention_probe, text_probe
 from kedit_jax.evaluation.records import Fact, Record, RecordError
 from kedit_jax.evaluation.report import UNEDITED, Evaluation, evaluate, table
 from kedit_jax.evaluation.scoring import Pair, PairScores, PreparedPairs, prepare_pairs, score_pairs
@@ -84,11 +85,13 @@ __all__ = [
     "read_task",
     "references_in",
     "references_of",
+    "retention_probe",
     "sample_texts",
     "score_pairs",
     "score_records",
     "score_task",
     "table",
+    "text_probe",
     "write_records",
     "write_task",
     "write_texts",

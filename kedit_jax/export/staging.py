@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kedit_jax import files
 from kedit_jax.errors import ExportError
 
 MANIFEST = "kedit_export.json"
@@ -47,8 +48,7 @@ def new_folder(folder: str | os.PathLike[str], *, form: str, needed: int, overwr
         partial.mkdir()
         yield partial
         _write_manifest(partial, form)
-        for path in (*partial.rglob("*"), partial):
-            _sync(path)
+        files.sync_tree(partial)
         check_folder(folder, form, overwrite=overwrite)  # writing takes minutes, in which others may have put files there
         _take_place(partial, folder)
 
@@ -67,10 +67,10 @@ def new_file(path: str | os.PathLike[str], *, ours: Callable[[Path], bool], need
     path = check_file(path, ours=ours, overwrite=overwrite)
     with _partial(path, needed) as partial:
         yield partial
-        _sync(partial)
+        files.sync(partial)
         check_file(path, ours=ours, overwrite=overwrite)
         os.replace(partial, path)
-        _sync(path.parent)
+        files.sync(path.parent)
 
 
 def check_folder(folder: str | os.PathLike[str], form: str, *, overwrite: bool) -> Path:
@@ -194,21 +194,7 @@ def _take_place(partial: Path, folder: Path) -> None:
             os.rename(aside, folder)
         raise
     try:
-        _sync(folder.parent)
+        files.sync(folder.parent)
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it: a rename can outlive a power failure that the data do not.
-
-    Not every file system can open a folder or sync it (network ones answer EINVAL), and what was written is good all the
-    same; a file that cannot be synced is an error.
-    """
-    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

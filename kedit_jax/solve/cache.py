@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kedit_jax import files
 from kedit_jax.errors import SolverError
 from kedit_jax.solve.arrays import AnyArray
 from kedit_jax.solve.editors import EDITORS, Editor
@@ -64,15 +66,18 @@ def _content(name: str, moment: Float[AnyArray, "n n"], numbers: Mapping[str, An
 
 
 def _read(path: Path) -> Editor | None:
-    """What is stored there; None if nothing is, or what is no longer has its checksum."""
+    """What is stored there; None if nothing is, or, with a warning, where it no longer has its checksum."""
+    if not path.exists():
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         prior, noise = Prior(arrays["factor"], arrays.get("basis")), float(arrays["noise"])
         if about["checksum"] != _checksum(path, prior, noise):
-            return None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            raise ValueError("its numbers are not those that were written")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        warnings.warn(f"the factored prior in {str(path)!r} is damaged ({error}) and is made anew", stacklevel=3)
         return None
     return Editor(on_device(arrays["factor"], arrays.get("basis")), noise)
 
@@ -87,6 +92,7 @@ def _write(path: Path, editor: Editor) -> None:
     os.close(handle)
     try:
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, partial, metadata=about)
+        files.sync(Path(partial))
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kedit_jax import cli
-from kedit_jax.checkpoint import has_session, read_manifest
+from kedit_jax.checkpoint import has_session, lock_session, read_manifest
 from kedit_jax.errors import KeditError
 from kedit_jax.models import Decoder, gpt2_config, save_model
 
@@ -179,6 +180,44 @@ def test_numbers_that_the_editor_does_not_read_are_refused(home: Path, kedit: Ke
     assert "editor 'alphaedit' does not use --moment-weight; it uses l2, null_rank, null_relative, null_threshold" in said
 
 
+def test_commands_that_change_a_session_wait_for_nobody(home: Path, kedit: Kedit) -> None:
+    """Each names who is writing and changes nothing; those that only read go on."""
+    begin = ["edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--session", "held", *OPTIONS]
+    with lock_session(home / "held"):
+        assert f"process {os.getpid()} on" in kedit(*begin, status=1)
+    kedit(*begin)
+    before = read_manifest(home / "held")
+    with lock_session(home / "held"):
+        changing = [begin, ["retract", "model", "alice"], ["restore", "model", "alice"], ["undo", "model"]]
+        changing += [["merge", "model", "held"], ["compact", "model", "--yes"]]
+        for command in changing:
+            said = kedit(*command, *(["--session", "held"] if command is not begin else []), status=1)
+            assert f"process {os.getpid()} on" in said, command[0]
+        kedit(*begin, "--dry-run")
+        kedit("log", "--session", "held")
+    assert read_manifest(home / "held") == before
+    assert "no session in" in kedit("retract", "model", "alice", "--session", "none", status=1)
+    assert not (home / "none").exists()
+
+
+def test_a_guarded_edit_keeps_what_is_within_bounds(home: Path, kedit: Kedit) -> None:
+    whole = ["edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--batch", "1", *OPTIONS]
+    kedit(*whole, "--session", "unguarded")
+    wide = ["--guard", "norm=1000", "--guard", "perplexity=1e9", "--guard-texts", "corpus.txt", "--guard-every", "2"]
+    kedit(*whole, "--session", "wide", *wide)
+    assert read_manifest(home / "wide")["facts"] == read_manifest(home / "unguarded")["facts"]
+    said = kedit(*whole, "--session", "narrow", "--guard", "norm=1e-9", status=1)
+    assert "rolled back: norm of the update over that of its kernel is" in said
+    manifest = read_manifest(home / "narrow")
+    assert (manifest["facts"], [event["kind"] for event in manifest["events"]]) == ([], ["rollback"])
+    assert "must be at most 1e-09" in kedit("log", "--session", "narrow")
+    kedit(*whole, "--session", "narrow")
+    assert len(read_manifest(home / "narrow")["facts"]) == 2, "the one rolled back is skipped, the others are written"
+    said = kedit(*whole, "--session", "bad", "--guard", "norm", "--guard", "sense=1", "--guard", "perplexity=2", status=1)
+    assert all(words in said for words in ("'norm' is no bound", "there is no 'sense'", "needs --guard-texts"))
+    assert not has_session(home / "bad")
+
+
 def test_an_interrupted_edit_goes_on_where_it_stopped(home: Path, kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ["edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--batch", "1", *OPTIONS]
     kedit(*whole, "--session", "whole")
@@ -187,8 +226,8 @@ def test_an_interrupted_edit_goes_on_where_it_stopped(home: Path, kedit: Kedit, 
 
         saved = app.save_session
 
-        def stop_after_first(session: object, folder: Path) -> None:
-            saved(session, folder)
+        def stop_after_first(session: object, folder: Path, **lock: object) -> None:
+            saved(session, folder, **lock)
             raise KeyboardInterrupt
 
         patch.setattr(app, "save_session", stop_after_first)

@@ -347,7 +347,7 @@ def test_a_damaged_partial_file_is_named(run: Run, damage: str) -> None:
         run(600, stop=300)
     path = run.partial
     whole = path.read_bytes()
-    newer = whole.replace(b'"format":"2"', b'"format":"9"')
+    newer = whole.replace(f'"format":"{moment_files.FORMAT}"'.encode(), b'"format":"9"')
     path.write_bytes({
         "cut": whole[: len(whole) // 2], "empty": b"", "newer format": newer,
         "flipped bit": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
@@ -357,6 +357,27 @@ def test_a_damaged_partial_file_is_named(run: Run, damage: str) -> None:
     assert path.name in str(caught.value)
     path.unlink()
     assert same(run(600), run(600, cache=False))
+
+
+def test_a_bit_flipped_in_what_a_file_says_of_itself_is_found(run: Run, tmp_path: Path) -> None:
+    """Counts and sums of squares decide what a larger sample goes on with; the arrays' checksum does not cover them."""
+    run(600)
+    (path,) = run.cache.glob("moments-*")
+    whole, found = path.read_bytes(), read_moments(path)
+    begin, end = whole.index(b'"__metadata__"'), whole.index(b"}", whole.index(b'"__metadata__"'))
+    for at in range(begin, end, 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        for read in (read_moments, moment_files.read_sums):
+            with pytest.raises(KeditError, match=r"damaged .*delete the file"):
+                read(path)
+    path.write_bytes(whole)
+    with moment_files.safe_open(path, framework="numpy") as file:
+        about, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["about"]
+    save_file(arrays, path, metadata=about | {"format": "2"})
+    assert same(read_moments(path), found), "the control: format 2 had no checksum of it"
+    save_file(arrays, path, metadata=about | {"format": "2", "tokens": str(found.tokens + 1)})
+    assert read_moments(path).tokens == found.tokens + 1
 
 
 def test_what_is_of_another_model_is_left_alone(run: Run, config: ModelConfig, model: Decoder) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from export_world import snapshot
 
+from kedit_jax import files
 from kedit_jax.errors import ExportError
 from kedit_jax.export import staging
 from kedit_jax.export.staging import MANIFEST, new_file, new_folder
@@ -134,7 +135,7 @@ def test_an_interrupt_after_the_rename_leaves_nothing_aside(tmp_path, monkeypatc
         if path == tmp_path:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(staging, "_sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", "second", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -173,8 +174,8 @@ def test_the_earlier_export_comes_back_when_a_rename_fails(tmp_path, monkeypatch
 
 def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     events: list[str] = []
-    sync, rename = staging._sync, os.rename
-    monkeypatch.setattr(staging, "_sync", lambda path: (events.append(f"sync {path.name[:4]}"), sync(path)))
+    sync, rename = files.sync, os.rename
+    monkeypatch.setattr(files, "sync", lambda path: (events.append(f"sync {path.name[:4]}"), sync(path)))
     monkeypatch.setattr(staging.os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
     write(tmp_path / "out", "text")
     assert set(events[:2]) == {"sync mark", f"sync {MANIFEST[:4]}"}

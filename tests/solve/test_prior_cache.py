@@ -97,7 +97,8 @@ def test_a_damaged_file_is_made_anew(damage: str, moment: np.ndarray, tmp_path: 
     }[damage]
     assert bad != good
     path.write_bytes(bad)
-    assert same(cached_editor(tmp_path, "emmet", moment, **EDITORS["emmet"]), right)
+    with pytest.warns(UserWarning, match=f"{path.name}' is damaged .* made anew"):
+        assert same(cached_editor(tmp_path, "emmet", moment, **EDITORS["emmet"]), right)
     assert path.read_bytes() == good
 
 

@@ -1,0 +1,1 @@
+"""What happens to sessions and moments at scale: long runs, and faults in them."""
