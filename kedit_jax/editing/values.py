@@ -298,13 +298,18 @@ def _hidden(
     if above == n_layers:
         return h[:, problem.scored_at[0]]
     first, between, last = problem.past
-    where = {"positions": problem.positions, "packing": after}
+    at = problem.positions
     if problem.known is not None:
-        h = model.run_one(h, above, known=problem.known, mask=problem.mask, past=first, keep=keep, **where)
-        h, _ = model.run_layers(h, above + 1, n_layers - 1, mask=problem.mask, past=between, keep=keep, **where)
+        h = model.run_one(
+            h, above, known=problem.known, positions=at, mask=problem.mask, past=first, packing=after, keep=keep
+        )
+        h, _ = model.run_layers(
+            h, above + 1, n_layers - 1, positions=at, mask=problem.mask, past=between, packing=after, keep=keep
+        )
     return model.run_last(
-        h, mask=problem.scored_mask, at=problem.scored_at, past=last, queries=layout.packed.scored, **where
-    )
+        h, positions=at, mask=problem.scored_mask, at=problem.scored_at, past=last,
+        packing=after, queries=layout.packed.scored,
+    )  # fmt: skip
 
 
 def _score(
