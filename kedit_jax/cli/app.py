@@ -149,11 +149,11 @@ def edit(
             chosen = _settings(settings, preset, options)
             if corpus is None:
                 raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
-            lock = None if dry_run else until_stored.enter_context(lock_session(session))
             decoder, tokenizer = load(model, dtype=dtype)
             check_editable(decoder.config)
             if preset is not None:
                 check_preset(preset, decoder.config)
+            lock = None if dry_run else until_stored.enter_context(lock_session(session))
             if chosen is None:
                 chosen = _with_options(derive_settings(decoder.config), options)
                 console.print(
