@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kedit_jax import cli
-from kedit_jax.cli.common import console
 from kedit_jax.checkpoint import has_session, lock_session, read_manifest
+from kedit_jax.cli.common import console
 from kedit_jax.errors import KeditError
 from kedit_jax.models import Decoder, gpt2_config, save_model
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kedit_jax import assets
+from kedit_jax import assets, cli
 
 EDITS, BATCHES = 120, 4
 
