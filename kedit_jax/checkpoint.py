@@ -39,9 +39,9 @@ checksums of the files, without which damage shows in the arrays alone, and the 
 _VERSION_DIGITS = 8
 _MANIFEST = "_CHECKPOINT_METADATA"  # where Orbax keeps it
 _WRITING, _REMOVED = ".writing-", ".removed-"  # a version that is not yet, and one that is no longer
+_PRIOR_TOLERANCE = 1e-9  # relative; moments recomputed elsewhere differ by rounding, some 1e-15
 
 Read = TypeVar("Read")
-_PRIOR_TOLERANCE = 1e-9  # relative; moments recomputed elsewhere differ by rounding, some 1e-15
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ class EditSession:
         return named
 
     def _micro_batches(self, requests: Sequence[EditRequest]) -> MicroBatches:
-        """The requests in micro-batches of one size, the last padded."""
+        """The requests in micro-batches of one size."""
         return self._arranged(self._encoded(requests))
 
     def _encoded(self, requests: Sequence[EditRequest]) -> list[list[Encoded]]:
