@@ -165,6 +165,7 @@ def _editors_figure(place: Place, rows: Runs) -> str:
                         label=variant,
                     )
             axes.set_xticks(range(len(editors)), editors, rotation=20)
+            axes.set_xlim(-0.5, len(editors) - 0.5)
             label_axes(axes, column, "editor")
     return place.image("editors", "Quality after all edits, by editor and by how the sequence is run")
 
