@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from kedit_jax import files, solve
+from kedit_jax import files, hosts, solve
 from kedit_jax.editing.history import Compacted
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.packed import Sizes
@@ -62,15 +62,19 @@ def lock_session(folder: str | Path) -> Iterator[SessionLock]:
     """
     folder = Path(folder).absolute()
     with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(files.locked(folder))
-        except BlockingIOError as error:
-            raise SessionError(
-                f"the session in {str(folder)!r} is being written by {error}; end it or wait until it is done"
-            ) from None
-        except OSError as error:
-            raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; nothing was stored") from error
+        hosts.on_first(lambda: _lock(held, folder))
         yield SessionLock(folder)
+
+
+def _lock(held: contextlib.ExitStack, folder: Path) -> None:
+    try:
+        held.enter_context(files.locked(folder))
+    except BlockingIOError as error:
+        raise SessionError(
+            f"the session in {str(folder)!r} is being written by {error}; end it or wait until it is done"
+        ) from None
+    except OSError as error:
+        raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; nothing was stored") from error
 
 
 def save_session(
@@ -96,10 +100,16 @@ def save_session(
     if lock is not None and lock.folder != folder:
         raise SessionError(f"the lock is on {str(lock.folder)!r}, not on {str(folder)!r}; lock the folder that is written")
     arrays = _arrays(session)
+    return Path(hosts.on_first(lambda: _save(session, folder, arrays, overwrite=overwrite, lock=lock)))
+
+
+def _save(session: EditSession, folder: Path, arrays: dict[str, Any], *, overwrite: bool, lock: SessionLock | None) -> Path:
     manifest = _manifest(session) | {"arrays": _digest(arrays)}
     before: list[Path] = []
     try:
-        with contextlib.nullcontext() if lock is not None else lock_session(folder):
+        with contextlib.ExitStack() as held:
+            if lock is None:
+                _lock(held, folder)
             before = _versions(folder)
             stored = _read_manifest(before[-1]) if before else None
             if stored is not None and not overwrite:
@@ -120,7 +130,8 @@ def _write(folder: Path, arrays: dict[str, Any], manifest: dict[str, Any], befor
     _sweep(folder)
     try:
         _check_space(folder, sum(a.nbytes for a in jax.tree.leaves(arrays)))
-        ocp.save_checkpointables(partial, {"arrays": arrays}, custom_metadata=manifest)
+        with _alone():
+            ocp.save_checkpointables(partial, {"arrays": arrays}, custom_metadata=manifest)
         files.write_sums(partial)
         files.sync_tree(partial)
         os.rename(partial, target)
@@ -134,6 +145,17 @@ def _write(folder: Path, arrays: dict[str, Any], manifest: dict[str, Any], befor
             os.rename(old, folder / f"{_REMOVED}{old.name}")
     _sweep(folder)
     return target
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Orbax waits for no other process: the first one writes, and each reads by itself."""
+    number = hosts.number()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process-{number}"
+    )
+    with ocp.Context(multiprocessing_options=alone):
+        yield
 
 
 def _sweep(folder: Path) -> None:
@@ -179,7 +201,8 @@ def _load(version: Path, model: Decoder, tokenizer: Any, moments: Moments, prior
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version))
     try:
-        arrays = ocp.load_checkpointables(version)["arrays"]
+        with _alone():
+            arrays = ocp.load_checkpointables(version)["arrays"]
         if _digest(arrays) != manifest["arrays"]:
             raise ValueError("its arrays are not those that were saved")
         kernel = (model.config.d_ff, model.config.d_model)
@@ -271,7 +294,8 @@ def _is_complete(version: Path) -> bool:
     if (version / files.SUMS).is_file():  # the last to be written; what else is missing is damage, and is named
         return True
     try:  # `ocp.is_orbax_checkpoint` is content with an empty folder
-        return bool(ocp.checkpointables_metadata(version).custom_metadata)
+        with _alone():
+            return bool(ocp.checkpointables_metadata(version).custom_metadata)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -393,7 +417,8 @@ def _read_manifest(version: Path) -> dict[str, Any]:
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version, only=_MANIFEST))
     try:
-        manifest = ocp.checkpointables_metadata(version).custom_metadata
+        with _alone():
+            manifest = ocp.checkpointables_metadata(version).custom_metadata
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(version, [str(error)]) from error
     if not isinstance(manifest, dict) or "format" not in manifest:

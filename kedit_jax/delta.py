@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kedit_jax.errors import KeditError
-from kedit_jax.models.parameters import dotted
+from kedit_jax.hosts import to_host
+from kedit_jax.models.paths import dotted
 
 Params = TypeVar("Params")
 AnyArray = Array | np.ndarray
@@ -180,7 +182,8 @@ def host_kernel(params: Any, address: str) -> Float[np.ndarray, "k v"]:
     leaf = leaves[path]
     if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
         leaf = np.asarray(leaf)  # a view of it, and of one kernel then
-    return np.asarray(_at(leaf, index))
+    kernel: np.ndarray = to_host(_at(leaf, index))
+    return kernel
 
 
 def add_on_host(
@@ -215,19 +218,48 @@ def write_kernels(params: Params, kernels: Mapping[str, Any], *, donate: bool = 
             if isinstance(leaf, np.ndarray) and isinstance(kernel, np.ndarray):
                 leaf = kernel if index is None else np.stack([*leaf[:index], kernel, *leaf[index + 1 :]])
             else:
-                leaf = jnp.asarray(kernel) if index is None else put(leaf, kernel, index)
+                leaf = _put_whole(kernel, leaf) if index is None else put(leaf, *_beside(leaf, kernel), index)
         return leaf
 
     return jax.tree_util.tree_map_with_path(written, params)
 
 
 def _with_kernel(
-    stack: Float[AnyArray, "l k v"], kernel: Float[AnyArray, "k v"], index: Int[AnyArray, ""] | int
+    stack: Float[AnyArray, "l k v"],
+    kernel: Float[AnyArray, "k v"],
+    sharding: NamedSharding | None,
+    index: Int[AnyArray, ""] | int,
 ) -> Float[Array, "l k v"]:
-    return jax.lax.dynamic_update_index_in_dim(stack, kernel, index, 0)
+    written = jax.lax.dynamic_update_index_in_dim(stack, kernel, index, 0)
+    return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 
 
-_put, _put_in_place = jax.jit(_with_kernel), jax.jit(_with_kernel, donate_argnums=0)
+_put = jax.jit(_with_kernel, static_argnames="sharding")
+_put_in_place = jax.jit(_with_kernel, static_argnames="sharding", donate_argnums=0)
+
+
+def _mesh_of(leaf: Any) -> NamedSharding | None:
+    """How a parameter lies on a mesh of devices, where it does."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
+        return None
+    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+
+
+def _beside(stack: Any, kernel: Any) -> tuple[Any, NamedSharding | None]:
+    """A host's kernel on the devices as the stack's are, each holding its part alone, and how the stack lies."""
+    sharding = _mesh_of(stack)
+    if sharding is None or not isinstance(kernel, np.ndarray):
+        return kernel, sharding
+    return _placed(kernel, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))), sharding
+
+
+def _put_whole(kernel: Any, leaf: Any) -> Array:
+    sharding = _mesh_of(leaf)
+    return jnp.asarray(kernel) if sharding is None else _placed(np.asarray(kernel), sharding)
+
+
+def _placed(kernel: np.ndarray, sharding: NamedSharding) -> Array:
+    return jax.make_array_from_callback(kernel.shape, sharding, kernel.__getitem__)
 
 
 def _add(params: Params, edits: EditDelta, sign: float) -> Params:

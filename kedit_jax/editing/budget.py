@@ -14,6 +14,7 @@ from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Keep, ModelConfig, abstract_decoder
+from kedit_jax.models.spread import Spread
 from kedit_jax.solve import host
 
 WIDE = 8  # bytes of a float64
@@ -100,22 +101,26 @@ def micro_batches(
     *,
     itemsize: int,
     held: Sizes | None = None,
+    spread: Spread | None = None,
 ) -> MicroBatches:
     """Requests from `encode_requests` in as few parts of one size as `settings.memory` allows.
 
     Parts get about as many tokens each, as all are computed at the size of the largest. One request is taken as it is, even
-    where it needs more memory. `held` are the sizes of an earlier part: they are used once more by those with as many
+    where it needs more memory. On a mesh there is a part for each share of `data`, and the memory is that of one device.
+    `held` are the sizes of an earlier part: they are used once more by those with as many
     requests, and each part's by the next.
     """
-    size = min(len(requests), settings.micro_batch or len(requests))
+    shares = min(1 if spread is None else spread.data, len(requests))
+    size = min(-(-len(requests) // shares), settings.micro_batch or len(requests))
     while True:
-        size = -(-len(requests) // -(-len(requests) // size))  # as even as the number of parts allows
+        count = shares * -(-len(requests) // (size * shares))  # as many in each share
+        size = -(-len(requests) // count)  # as even as the number of parts allows
         places = _dealt(requests, -(-len(requests) // size))
         parts = [[requests[i] for i in at.tolist()] for at in places]
         layouts = _arranged(parts, size, held if held is not None and held.requests == size else None)
         if len({layout.sizes for layout in layouts}) > 1:
             layouts = _arranged(parts, size, layouts[-1].sizes)  # the first may have grown to those of the last
-        largest = max(_least(config, settings, layout, itemsize) for layout in layouts)
+        largest = max(_least(config, settings, layout, itemsize, spread) for layout in layouts)
         if size == 1 or largest <= settings.memory * GIB:
             return MicroBatches(layouts, places)
         size = max(1, min(size - 1, int(size * settings.memory * GIB / largest)))
@@ -142,16 +147,18 @@ def _arranged(parts: Sequence[Sequence[Sequence[Encoded]]], size: int, held: Siz
     return layouts
 
 
-def what_to_keep(config: ModelConfig, settings: EditSettings, layout: Layout, *, itemsize: int) -> Keep:
+def what_to_keep(
+    config: ModelConfig, settings: EditSettings, layout: Layout, *, itemsize: int, spread: Spread | None = None
+) -> Keep:
     """What blocks keep for the backward pass of a micro-batch: everything that was dear, where memory allows."""
-    needed = values_bytes(config, layout.sizes, settings.layers[-1], "products", itemsize)
+    needed = values_bytes(config, layout.sizes, settings.layers[-1], "products", itemsize, spread)
     return "products" if needed <= settings.memory * GIB else "inputs"
 
 
-def _least(config: ModelConfig, settings: EditSettings, layout: Layout, itemsize: int) -> int:
+def _least(config: ModelConfig, settings: EditSettings, layout: Layout, itemsize: int, spread: Spread | None) -> int:
     """What a micro-batch must have: blocks recompute only where few requests would fit otherwise."""
     keep: Keep = "products" if layout.n_requests > FEW else "inputs"
-    return values_bytes(config, layout.sizes, settings.layers[-1], keep, itemsize)
+    return values_bytes(config, layout.sizes, settings.layers[-1], keep, itemsize, spread)
 
 
 def typical_sizes(requests: int, prefixes: int) -> Sizes:
@@ -161,24 +168,37 @@ def typical_sizes(requests: int, prefixes: int) -> Sizes:
     return Sizes(requests, rows, PROMPT, SUFFIX, 2, own + 5 * rows, own, 5 * rows, 2 * rows, own + rows, 8 * requests)
 
 
-def values_bytes(config: ModelConfig, sizes: Sizes, layer: int, keep: Keep, itemsize: int) -> int:
+def values_bytes(
+    config: ModelConfig, sizes: Sizes, layer: int, keep: Keep, itemsize: int, spread: Spread | None = None
+) -> int:
     """An upper estimate of what `optimise_values` takes beside its arguments, checked against XLA's own analysis.
 
     Args:
         layer: the top edited one.
         itemsize: bytes of the model's numbers.
+        spread: the mesh of one of whose devices this is the memory; the sizes are of its share.
     """
-    s = sizes
-    q, kv, d, ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_model, config.d_ff
+    s, d = sizes, config.d_model
+    heads, kv_heads, ff, vocabulary = _cut(config, spread)
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
     wide = ff * (2 if config.gated_mlp else 1)
     above = max(0, config.n_layers - layer - 1)
-    scores = s.rows * config.n_heads * s.suffix * (s.prefix + s.suffix)
+    scores = s.rows * heads * s.suffix * (s.prefix + s.suffix)
     products = s.after * (q + 2 * kv + 2 * d + wide) + 2 * scores + s.rows * s.suffix * q
     kept = max(0, above - 1) * (s.after * d + (products if keep == "products" else 0))
     working = s.after * (2 * wide + 4 * d) + 4 * s.rows * s.suffix * q + 3 * scores
     columns = s.prefix + s.suffix
-    below = s.whole * (2 * wide + 6 * d) + 4 * s.rows * columns * q + 2 * s.rows * config.n_heads * columns**2
+    below = s.whole * (2 * wide + 6 * d) + 4 * s.rows * columns * q + 2 * s.rows * heads * columns**2
     block = d * (2 * q + 2 * kv) + d * (wide + ff)
     past = 2 * s.rows * s.prefix * kv * above + 2 * s.after * (q + 2 * kv)
-    head = 3 * s.scored * config.vocab_size + 4 * s.requests * config.vocab_size
+    head = 3 * s.scored * vocabulary + 4 * s.requests * vocabulary
     return max(itemsize, 4) * (max(below, head + kept + working) + past + 3 * s.after * d) + 2 * itemsize * block
+
+
+def _cut(config: ModelConfig, spread: Spread | None) -> tuple[int, int, int, int]:
+    """Of heads, those of keys and values, key width and vocabulary, how much one device computes."""
+    whole = (config.n_heads, config.n_kv_heads, config.d_ff, config.vocab_size)
+    if spread is None:
+        return whole
+    heads, kv_heads, ff, vocabulary = (size // spread.model if size % spread.model == 0 else size for size in whole)
+    return heads, kv_heads, ff, vocabulary

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from kedit_jax.editing import keys as reading
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import SessionError
+from kedit_jax.models.spread import apart, together
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +64,12 @@ def keys_now(session: EditSession) -> Mapping[int, Float[np.ndarray, "m k"]]:
     if not facts:
         raise SessionError("the session records no keys: it holds no facts, or all of them were compacted")
     batches, model, top = session._micro_batches(facts), session.model, session.settings.layers[-1]
-    streams, at, found = [reading.enter(model, layout) for layout in batches.layouts], 0, {}
+    spread, layouts = model.spread, batches.layouts
+    streams, at, found = [reading.enter(model, stack) for stack in together(spread, layouts)], 0, {}
     for layer in session.settings.layers:
-        read = [
-            reading.read(model, stream, at, layer, top, layout.n_contexts)
-            for stream, layout in zip(streams, batches.layouts, strict=True)
-        ]
+        read = [reading.read(model, stream, at, layer, top, layouts[0].n_contexts) for stream in streams]
         streams, at = [stream for stream, _ in read], layer
-        found[layer] = batches.gathered([r.keys for _, r in read]).astype(np.float64)
+        found[layer] = batches.gathered(apart(spread, [r.keys for _, r in read], len(layouts))).astype(np.float64)
     return found
 
 

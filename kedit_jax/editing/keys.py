@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kedit_jax.editing.packed import Part
 from kedit_jax.editing.tokens import Layout
 from kedit_jax.models import Decoder, Packing, causal_mask, pack, positions_of, single_tokens
+from kedit_jax.models.spread import on_shares
 
 
 class Stream(NamedTuple):
@@ -48,7 +49,16 @@ class Reading(NamedTuple):
 
 @jax.jit
 def enter(model: Decoder, layout: Layout) -> Stream:
-    """The stream before the first layer: all contexts, without what follows the subject and without the KL prompts."""
+    """The stream before the first layer: all contexts, without what follows the subject and without the KL prompts.
+
+    Of a model on a mesh, that of layouts stacked by `kedit_jax.models.spread.together`.
+    """
+    if model.spread is None:
+        return _enter(model, layout)
+    return on_shares(model.spread, partial(_enter, model), layout, read=False)
+
+
+def _enter(model: Decoder, layout: Layout) -> Stream:
     n_rows, end = layout.n_contexts + 1, layout.n_prefix + 1
     tokens, valid = (
         jnp.asarray(part).reshape(-1, n_rows, part.shape[1])[:, :-1, :end].reshape(-1, end)
@@ -66,7 +76,20 @@ def read(model: Decoder, stream: Stream, at: int, layer: int, top: int, n_contex
 
     Every layer below `layer` must already be edited; those from `layer` on run as they stand to see the top's output. In the
     top layer nothing but the subjects' last tokens is left of the stream, which ends there.
+
+    Of a model on a mesh, of a stack of streams.
     """
+
+    def one(stream: Stream) -> tuple[Stream, Reading]:
+        return _read(model, stream, at, layer, top, n_contexts)
+
+    if model.spread is None:
+        return one(stream)
+    after, reading = on_shares(model.spread, one, stream, read=False)
+    return after, model.spread.everywhere(reading)
+
+
+def _read(model: Decoder, stream: Stream, at: int, layer: int, top: int, n_contexts: int) -> tuple[Stream, Reading]:
     h, begin = stream.h, 0
     if stream.keys is not None:
         h, begin = model.after_down(h, stream.keys, at), at + 1

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kedit_jax import files
+from kedit_jax import files, hosts
 from kedit_jax.errors import KeditError
 
 FORMAT = 3
@@ -114,6 +114,21 @@ class Sums:
             corpus,
             self.first or corpus,
         )
+
+    def unite(self) -> None:
+        """Add what the other processes hold of the same blocks."""
+        if hosts.count() == 1:
+            return
+        squares = hosts.total(np.array([self.squares[layer] for layer in sorted(self.squares)]))
+        self.squares = dict(zip(sorted(self.squares), squares.tolist(), strict=True))
+        for layer in sorted(self.by_layer):
+            self.by_layer[layer] = np.asfortranarray(hosts.total(self.by_layer[layer].T).T)
+
+    def clear(self) -> None:
+        """Leave the sums to another process; how far they go stays known."""
+        self.squares = dict.fromkeys(self.squares, 0.0)
+        for total in self.by_layer.values():
+            total[:] = 0
 
     def moments(self, products: Triangles, tokens: int, corpus: str, work: Work) -> Moments:
         """Of these blocks and the sample's last, which is not added: in a larger sample it may hold more."""

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.linalg.blas import dsyrk
 
+from kedit_jax import hosts
 from kedit_jax.editing.corpus import Block, HeldBlocks, Row, read_blocks
 from kedit_jax.editing.moment_files import (
     Moments,
@@ -38,6 +39,7 @@ from kedit_jax.editing.moment_files import (
 )
 from kedit_jax.errors import KeditError, NonFiniteError
 from kedit_jax.models import Decoder, ModelConfig, causal_mask, model_fingerprint
+from kedit_jax.models.spread import DATA, leading
 
 __all__ = ["Moments", "check_layers", "compute_moments", "default_tokens", "moments_path", "read_moments"]
 
@@ -70,6 +72,9 @@ def compute_moments(
     begins with what a smaller sample left: with the result, bit for bit on the same machine, of one from the start. The
     corpus is read and tokenised from its beginning either way.
 
+    On a mesh, texts are spread over `data`. Of several processes each multiplies the blocks that fall to it, and their sums
+    are added in float64; all must be given the same texts and the same `cache`, in which the first one writes.
+
     Args:
         texts: documents, of which only a few are held at a time; each is cut into rows of at most `row_tokens` tokens (and
             the model's positions), which see nothing of each other.
@@ -100,14 +105,18 @@ def compute_moments(
         return read_moments(start.same)
     sums, digest = Sums.none(layers, width) if start.stored is None else read_sums(start.stored), start.digest
     product = np.zeros((width, width), order="F")
+    if not hosts.is_first():
+        sums.clear()  # the first process holds what was stored
     for block, keys in _keys_ahead(model, start.blocks, layers, batch_tokens):
         digest.update(block.content)
         done, products = sums.tokens + block.tokens, _products(keys, layers, product)
         if block.last:
+            sums.unite()
             moments = sums.moments(products, block.tokens, digest.hexdigest(), work)
             saver.finish(moments, sums)
         else:
-            sums.add(products, block.tokens, digest.hexdigest())
+            falls_here = sums.blocks % hosts.count() == hosts.number()
+            sums.add(products if falls_here else iter(()), block.tokens, digest.hexdigest())
             saver.now_and_then(sums)
         if progress is not None:
             progress(done, done if block.last else most)
@@ -148,8 +157,7 @@ def _keys_ahead(
     """Each block with its keys, by batch and layer; the device is at work on the next while the host multiplies one."""
     ready: tuple[Block, _Keys] | None = None
     for block in blocks:
-        batches = _batches(block.rows, batch_tokens)
-        started = block, [(segments > 0, _keys(model, tokens, segments, layers)) for tokens, segments in batches]
+        started = block, [_started(model, *batch, layers) for batch in _batches(block.rows, batch_tokens)]
         if ready is not None:
             yield ready
         ready = started
@@ -191,6 +199,16 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Int[np.ndarray, "
         left = later
 
 
+def _started(
+    model: Decoder, tokens: Int[np.ndarray, "b t"], segments: Int[np.ndarray, "b t"], layers: tuple[int, ...]
+) -> tuple[Bool[np.ndarray, "_ t"], list[Float[Array | np.ndarray, "_ t _"]]]:
+    """Where a batch's tokens are real, and their keys, which are being computed."""
+    if model.spread is None:
+        return segments > 0, _keys(model, tokens, segments, layers)
+    tokens, segments = (leading(rows, model.spread.data) for rows in (tokens, segments))
+    return segments > 0, _keys(model, *model.spread.put((tokens, segments), DATA), layers)
+
+
 @partial(jax.jit, static_argnames="layers")
 def _keys(
     model: Decoder, tokens: Int[Array, "b t"], segments: Int[Array, "b t"], layers: tuple[int, ...]
@@ -208,7 +226,7 @@ def _keys(
         h, keys = model.run_layers(h, first, stop, positions=positions, mask=mask)
         found.extend(keys)
         at = stop
-    return found
+    return found if model.spread is None else model.spread.everywhere(found)
 
 
 def _consecutive(layers: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -284,18 +302,30 @@ class _Saver:
             if digest.hexdigest() in prefixes:
                 stored, known = prefixes[digest.hexdigest()], digest.copy()
                 held.clear()
-        check_writable(self.cache)
+        cache = self.cache
+        hosts.on_first(lambda: check_writable(cache))
+        if len(set(hosts.gathered(known.hexdigest()))) > 1:
+            raise KeditError(f"the processes do not find the same in {str(cache)!r}: give a folder that all of them share")
         return _Start(itertools.chain(held, blocks), known, stored)
 
     def now_and_then(self, sums: Sums) -> None:
-        begun = time.monotonic()
-        if self.cache is None or begun - self.saved < max(self.every, self.pause):
+        begun, cache = time.monotonic(), self.cache
+        if cache is None or hosts.first_says(str(begun - self.saved < max(self.every, self.pause))) == "True":
             return
-        write_sums(self.work.unfinished(self.cache, sums.first), sums, self.work)
+        sums.unite()
+        hosts.on_first(lambda: write_sums(self.work.unfinished(cache, sums.first), sums, self.work))
+        if not hosts.is_first():
+            sums.clear()
         self.saved = time.monotonic()
         self.pause = (self.saved - begun) / SAVING
 
     def finish(self, moments: Moments, sums: Sums) -> None:
-        if self.cache is not None:
-            write_moments(self.work.finished(self.cache, moments.corpus), moments, sums, self.work.batch_tokens)
-            self.work.unfinished(self.cache, sums.first).unlink(missing_ok=True)
+        cache = self.cache
+        if cache is None:
+            return
+
+        def write() -> None:
+            write_moments(self.work.finished(cache, moments.corpus), moments, sums, self.work.batch_tokens)
+            self.work.unfinished(cache, sums.first).unlink(missing_ok=True)
+
+        hosts.on_first(write)

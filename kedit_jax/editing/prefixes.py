@@ -9,6 +9,7 @@ import numpy as np
 from kedit_jax.editing.requests import SLOT
 from kedit_jax.editing.tokens import Passage, encode
 from kedit_jax.errors import KeditError
+from kedit_jax.hosts import to_host
 from kedit_jax.models import Decoder, generate
 
 SEED_WORDS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
@@ -37,6 +38,6 @@ def sample_prefixes(
     )
     texts = [
         tokenizer.decode([*start_ids, *map(int, new)], skip_special_tokens=True)
-        for start_ids, new in zip(ids, np.asarray(written), strict=True)
+        for start_ids, new in zip(ids, to_host(written), strict=True)
     ]
     return tuple(" ".join(text.split()).rstrip(" .") + ". " for text in texts)

@@ -32,6 +32,7 @@ from kedit_jax.editing.tokens import Encoded, encode_requests
 from kedit_jax.editing.values import Values, optimise_in_rounds
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError
 from kedit_jax.models import Decoder, ModelConfig, down_kernel_address, model_fingerprint
+from kedit_jax.models.spread import apart, together
 
 Progress = Callable[[str, int, int], None]
 
@@ -245,16 +246,14 @@ class EditSession:
         _require_finite("target values", np.asarray(values.z), requests)
         steps: dict[str, Update] = {}
         layers, model = dict(self.layers), self.model
-        streams, at = [reading.enter(model, layout) for layout in batches.layouts], 0
+        spread, count, n_contexts = model.spread, len(batches.layouts), batches.layouts[0].n_contexts
+        streams, at = [reading.enter(model, layouts) for layouts in together(spread, batches.layouts)], 0
         weights, top = np.array([request.weight for request in requests]), self.settings.layers[-1]
         for left, layer in zip(range(len(layers), 0, -1), self.settings.layers, strict=True):
-            read = [
-                reading.read(model, stream, at, layer, top, layout.n_contexts)
-                for stream, layout in zip(streams, batches.layouts, strict=True)
-            ]
+            read = [reading.read(model, stream, at, layer, top, n_contexts) for stream in streams]
             streams, at = [stream for stream, _ in read], layer
-            keys = batches.gathered([r.keys for _, r in read])
-            present = batches.gathered([r.top for _, r in read])
+            seen = apart(spread, [r for _, r in read], count)
+            keys, present = batches.gathered([r.keys for r in seen]), batches.gathered([r.top for r in seen])
             residuals = (np.asarray(values.z, np.float64) - present) / left
             _require_finite(f"keys of layer {layer}", keys, requests)
             keys = _under_shared(keys, shared, layers[layer])
@@ -356,25 +355,29 @@ class EditSession:
         return encode_requests(self.tokenizer, requests, self.prefixes, max_positions=self.base.config.max_positions)
 
     def _arranged(self, rows: Sequence[Sequence[Encoded]]) -> MicroBatches:
-        return micro_batches(self.base.config, self.settings, rows, itemsize=self.base.dtype.itemsize, held=self.sizes)
+        return micro_batches(
+            self.base.config, self.settings, rows,
+            itemsize=self.base.dtype.itemsize, held=self.sizes, spread=self.base.spread,
+        )  # fmt: skip
 
     def _values(self, rows: Sequence[Sequence[Encoded]], batches: MicroBatches, progress: Progress | None) -> Values:
-        parts, done = [], 0
-        settings, config, itemsize = self.settings, self.base.config, self.base.dtype.itemsize
-        for layout, places in zip(*batches, strict=True):
-            keep = what_to_keep(config, settings, layout, itemsize=itemsize)
-            parts.append(
-                optimise_in_rounds(
-                    self.model,
-                    [rows[place] for place in places.tolist()],
-                    layout,
-                    settings.layers[-1],
-                    settings.values,
-                    keep,
-                    settings.compute_dtype,
-                )
+        parts: list[Values] = []
+        done, settings, spread = 0, self.settings, self.model.spread
+        at_once = 1 if spread is None else spread.data
+        for begin in range(0, len(batches.layouts), at_once):
+            layouts = batches.layouts[begin : begin + at_once]
+            places = batches.places[begin : begin + at_once]
+            keep = what_to_keep(self.base.config, settings, layouts[0], itemsize=self.base.dtype.itemsize, spread=spread)
+            parts += optimise_in_rounds(
+                self.model,
+                [[rows[place] for place in at.tolist()] for at in places],
+                layouts,
+                settings.layers[-1],
+                settings.values,
+                keep,
+                settings.compute_dtype,
             )
-            done += len(places)
+            done += sum(map(len, places))
             if progress is not None:
                 progress("target values", done, len(rows))
         values: Values = jax.tree.map(lambda *found: batches.gathered(found), *parts)
@@ -383,10 +386,11 @@ class EditSession:
     def _first_keys(self, requests: Sequence[EditRequest]) -> Float[np.ndarray, "u k"]:
         """Keys in the first edited layer, which no edit of the session moves."""
         first, read, batches = self.settings.layers[0], [], self._micro_batches(requests)
-        for layout in batches.layouts:
-            stream = reading.enter(self.base, layout)
-            read.append(reading.read(self.base, stream, 0, first, first, layout.n_contexts)[1].keys)
-        return batches.gathered(read)
+        spread, layouts = self.base.spread, batches.layouts
+        for stack in together(spread, layouts):
+            stream = reading.enter(self.base, stack)
+            read.append(reading.read(self.base, stream, 0, first, first, layouts[0].n_contexts)[1].keys)
+        return batches.gathered(apart(spread, read, len(layouts)))
 
     def _held_keys(self) -> Float[np.ndarray, "m k"]:
         """Recorded keys of the first edited layer, a row a fact; compacted facts have none, so 0."""

@@ -24,8 +24,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Decoder, Keep, Past, Projections, causal_mask, pack, positions_of, unpack
+from kedit_jax.models.spread import apart, on_shares, together
 
 SHARE = 4
 """A batch goes on with the requests that are left once they are one in so many."""
@@ -115,42 +117,78 @@ class _Progress(NamedTuple):
         return progress
 
 
+class _Round:
+    """One part's requests that are still being optimised, and what was found for all of them."""
+
+    def __init__(self, requests: Sequence[Sequence[Encoded]], layout: Layout) -> None:
+        self.requests, self.layout = requests, layout
+        self.here: Int[np.ndarray, " n"] = np.arange(len(requests))
+        self.state: _Progress | None = None
+        self.found: Values | None = None
+        self.left = 0
+
+    def take(self, values: Values, after: _Progress) -> None:
+        """What a round found for the requests that were here; `left` of them go on."""
+        if self.found is None:
+            self.found = jax.tree.map(lambda rows: np.array(rows[: len(self.requests)]), values)
+        for whole, some in zip(self.found, values, strict=True):
+            whole[self.here] = some[: len(self.here)]
+        left = np.flatnonzero(~after.done[: len(self.here)])
+        self.left = len(left)
+        kept = left if self.left else np.zeros(1, np.int64)  # one that is done, where others on the mesh go on
+        self.here, self.state = self.here[kept], after.of(kept)
+
+    def shrink(self, sizes: Sizes) -> None:
+        """Lay those out that go on."""
+        self.layout = align([self.requests[i] for i in self.here.tolist()], sizes.requests, sizes)
+
+    def begun(self) -> _Progress | None:
+        """The state of the layout's requests, those that pad it included."""
+        if self.state is None:
+            return None
+        places = np.arange(self.layout.n_requests)
+        return self.state.of(np.where(places < len(self.here), places, 0))
+
+
 def optimise_in_rounds(
     model: Decoder,
-    requests: Sequence[Sequence[Encoded]],
-    layout: Layout,
+    requests: Sequence[Sequence[Sequence[Encoded]]],
+    layouts: Sequence[Layout],
     layer: int,
     settings: ValueSettings,
     keep: Keep = "products",
     dtype: str | None = None,
-) -> Values:
+) -> list[Values]:
     """`optimise_values` for the host: once few requests are left to optimise, those go on in a batch of their own.
 
     Requests end after 5 to 25 steps; of the embedded model's 1,000, half after 10 and nine tenths after 13.
 
     Args:
-        requests: the rows from `encode_requests` that the layout was made of.
+        model: as for `optimise_values`; or one on a mesh, which optimises several parts at once.
+        requests: of each part, the rows from `encode_requests` that its layout was made of.
+        layouts: one, or as many of one size as the mesh has shares of `data`, or fewer.
 
     Returns:
-        NumPy values of these requests, without those that pad the layout.
+        NumPy values of each part's requests, without those that pad its layout.
     """
-    found: Values | None = None
-    here, state = np.arange(len(requests)), None
+    parts = [_Round(rows, layout) for rows, layout in zip(requests, layouts, strict=True)]
     while True:
-        smaller = layout.sizes.fraction(SHARE)
-        leave = smaller.requests if layout.n_requests > FEW else 0
-        values, after = jax.device_get(_advanced(model, layout, layer, settings, keep, dtype, leave, state))
-        if found is None:
-            found = jax.tree.map(lambda rows: np.array(rows[: len(requests)]), values)
-        for whole, some in zip(found, values, strict=True):
-            whole[here] = some[: len(here)]
-        left = np.flatnonzero(~after.done[: len(here)])
-        if not len(left):
-            return found
-        here = here[left]
-        layout = align([requests[i] for i in here.tolist()], smaller.requests, smaller)
-        places = np.concatenate([left, np.repeat(left[:1], layout.n_requests - len(left))])
-        state = after.of(places)
+        smaller = parts[0].layout.sizes.fraction(SHARE)
+        leave = smaller.requests if parts[0].layout.n_requests > FEW else 0
+        begun = [(part.layout, part.begun()) for part in parts]
+        (stack,) = together(model.spread, begun)
+        run = _advanced if model.spread is None else _advanced_on_mesh
+        after = run(model, *stack, layer, settings, keep, dtype, leave)
+        for part, (values, state) in zip(parts, apart(model.spread, [after], len(parts)), strict=True):
+            part.take(values, state)
+        if not any(part.left for part in parts):
+            return [part.found for part in parts if part.found is not None]
+        for part in parts:
+            part.shrink(smaller)
+        common = Sizes(*map(max, zip(*(part.layout.sizes for part in parts), strict=True)))
+        for part in parts:
+            if part.layout.sizes != common:
+                part.shrink(common)
 
 
 @partial(jax.jit, static_argnames=("layer", "settings", "keep", "dtype"))
@@ -176,18 +214,18 @@ def optimise_values(
     Returns:
         Values for the requests in the layout's order. Non-finite numbers are left in place: the caller names requests.
     """
-    return _advance(model, layout, layer, settings, keep, dtype, 0, None)[0]
+    return _advance(model, layout, None, layer, settings, keep, dtype, 0)[0]
 
 
 def _advance(
     model: Decoder,
     layout: Layout,
+    begun: _Progress | None,
     layer: int,
     settings: ValueSettings,
     keep: Keep,
     dtype: str | None,
     leave: int,
-    begun: _Progress | None,
 ) -> tuple[Values, _Progress]:
     """Optimise until at most `leave` requests are not done."""
     problem = _prepare(model, layout, layer)
@@ -222,7 +260,27 @@ def _advance(
     return Values(z, end.nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm), end
 
 
-_advanced = jax.jit(_advance, static_argnames=("layer", "settings", "keep", "dtype", "leave"))
+def _advance_on_mesh(
+    model: Decoder,
+    layouts: Layout,
+    begun: _Progress | None,
+    layer: int,
+    settings: ValueSettings,
+    keep: Keep,
+    dtype: str | None,
+    leave: int,
+) -> tuple[Values, _Progress]:
+    """`_advance` of stacked parts, each on its share of the mesh, until all are where it would end."""
+
+    def one(layout: Layout, begun: _Progress | None) -> tuple[Values, _Progress]:
+        return _advance(model, layout, begun, layer, settings, keep, dtype, leave)
+
+    return on_shares(model.spread, one, layouts, begun)
+
+
+_STATIC = ("layer", "settings", "keep", "dtype", "leave")
+_advanced = jax.jit(_advance, static_argnames=_STATIC)
+_advanced_on_mesh = jax.jit(_advance_on_mesh, static_argnames=_STATIC)
 
 
 def _start(adam: optax.GradientTransformation, origin: Float[Array, "r d"], vocabulary: int) -> _Progress:

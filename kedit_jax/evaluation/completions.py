@@ -10,6 +10,7 @@ import numpy as np
 
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation.batching import encode, power_of_two, stack_rows
+from kedit_jax.hosts import to_host
 from kedit_jax.models import Decoder
 from kedit_jax.models.generation import generate
 
@@ -164,7 +165,7 @@ def _continue(
         model, jax.numpy.asarray(tokens), jax.numpy.asarray(valid), n_new,
         key=key, temperature=0.0 if sampling is None else 1.0, top_k=sampling and sampling.top_k, stop_ids=stops,
     )  # fmt: skip
-    return np.asarray(new).tolist()
+    return to_host(new).tolist()
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kedit_jax.errors import KeditError, NonFiniteError
 from kedit_jax.evaluation.batching import check_fits, encode
 from kedit_jax.evaluation.packing import BATCH_TOKENS, CANDIDATES, Batch, Packed, Wanted, pack
+from kedit_jax.hosts import to_host
 from kedit_jax.models import Decoder
 
 TOKENS_PER_HEAD = 1024
@@ -147,7 +148,7 @@ def score(model: Decoder, packed: Packed) -> tuple[Float[np.ndarray, "m"], Int[n
     """
     if not packed.batches:
         return np.zeros(0), np.zeros(0, np.int64)
-    found = [jax.device_get(_score_batch(model, batch)) for batch in packed.batches]
+    found = [to_host(_score_batch(model, batch)) for batch in packed.batches]
     nll, hit = (np.concatenate([part.ravel() for part in parts])[packed.place] for parts in zip(*found, strict=True))
     begins = np.cumsum([0, *(len(tokens) for _, _, tokens in packed.wanted[:-1])])
     total, misses = np.add.reduceat(nll, begins, dtype=np.float64), np.add.reduceat(~hit, begins, dtype=np.int64)

@@ -13,10 +13,19 @@ from kedit_jax.models.decoder import Decoder, Keep, causal_mask, down_kernel_add
 from kedit_jax.models.generation import generate
 from kedit_jax.models.gpt2 import gpt2_config
 from kedit_jax.models.layers import KV, Past, Projections
-from kedit_jax.models.loading import abstract_decoder, load, load_model, load_tokenizer, model_fingerprint, read_config
+from kedit_jax.models.loading import (
+    abstract_decoder,
+    load,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    on_mesh,
+    read_config,
+)
 from kedit_jax.models.packing import Packing, pack, single_tokens, unpack
 from kedit_jax.models.parameters import named_parameters, with_parameters
 from kedit_jax.models.saving import save_model
+from kedit_jax.models.spread import Spread, make_mesh
 
 __all__ = [
     "KV",
@@ -32,6 +41,7 @@ __all__ = [
     "Past",
     "Projections",
     "RotaryConfig",
+    "Spread",
     "abstract_decoder",
     "causal_mask",
     "down_kernel_address",
@@ -40,8 +50,10 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "make_mesh",
     "model_fingerprint",
     "named_parameters",
+    "on_mesh",
     "pack",
     "positions_of",
     "read_config",

@@ -60,8 +60,23 @@ class StoredTensor:
             file.seek(offset)
             values = np.fromfile(file, dtype, (stop - start) * width)
         if values.size != (stop - start) * width:
-            raise CheckpointError(f"{self.file} ends before its last tensor: download it again")
+            raise self._ended()
         return values.reshape(stop - start, *self.shape[1:]) if self.shape else values.reshape(())
+
+    def read_part(self, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of it, copied; of other rows and columns nothing but what shares a page of the file is read.
+
+        Raises:
+          CheckpointError: as `read`.
+        """
+        try:
+            mapped = np.memmap(self.file, STORED_DTYPES[self.kind], mode="r", offset=self.offset, shape=self.shape)
+        except ValueError as error:
+            raise self._ended() from error
+        return np.array(mapped[index])
+
+    def _ended(self) -> CheckpointError:
+        return CheckpointError(f"{self.file} ends before its last tensor: download it again")
 
 
 class TensorFiles:

@@ -30,6 +30,7 @@ from kedit_jax.models.layers import (
     windowed,
 )
 from kedit_jax.models.packing import Packing, unpack
+from kedit_jax.models.spread import Spread
 
 Keep = Literal["inputs", "products"]
 """What a segment keeps of each layer for the backward pass: its input alone, or all that matrices were multiplied to."""
@@ -57,10 +58,14 @@ class Decoder(nnx.Module):
       rngs: source of the random initial parameters (GPT-2's scheme: normal, std 0.02, residual projections smaller by
         sqrt(2 n_layers), norms one, biases zero).
       dtype: of all parameters and of the residual stream.
+      spread: how it lies on a mesh of devices; None where it lies on one.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, spread: Spread | None = None
+    ) -> None:
         self.config = config
+        self.spread = spread
         self.embedding = nnx.Param(_normal(rngs, (config.vocab_size, config.d_model), dtype))
         table = (config.max_positions, config.d_model)
         self.position_embedding = nnx.Param(_normal(rngs, table, dtype)) if config.rotary is None else None
@@ -82,7 +87,7 @@ class Decoder(nnx.Module):
 
         A token or learned position past its table gives NaN, which the caller can see, rather than its neighbour's row.
         """
-        h = jnp.take(self.embedding[...], tokens, axis=0)
+        h = jnp.take(self._outside("embedding", self.embedding[...]), tokens, axis=0)
         if self.config.embedding_scale is not None:
             h = h * jnp.asarray(self.config.embedding_scale, h.dtype)
         if self.position_embedding is None:
@@ -230,9 +235,11 @@ class Decoder(nnx.Module):
         normed = self.final_norm(h)
         wide = at_least_float32(normed.dtype)
         if self.head.kernel is None:
-            logits = jnp.einsum("...d,vd->...v", normed, self.embedding[...], preferred_element_type=wide)
+            embedding = self._outside("embedding", self.embedding[...])
+            logits = jnp.einsum("...d,vd->...v", normed, embedding, preferred_element_type=wide)
         else:
-            logits = jnp.matmul(normed, self.head.kernel[...], preferred_element_type=wide)
+            kernel = self._outside("head.kernel", self.head.kernel[...])
+            logits = jnp.matmul(normed, kernel, preferred_element_type=wide)
         if self.head.bias is not None:
             logits = logits + self.head.bias[...]
         cap = self.config.logit_soft_cap
@@ -241,7 +248,14 @@ class Decoder(nnx.Module):
     def _block(self, layer: int) -> Block:
         """One layer's parameters."""
         block: Block = jax.tree.map(lambda stack: stack[layer], self.layers)
-        return block
+        return block if self.spread is None else self.spread.in_use(block)
+
+    def _outside(self, name: str, parameter: Array) -> Array:
+        """A parameter that belongs to no layer, as it is computed with."""
+        if self.spread is None:
+            return parameter
+        (laid,) = jax.tree.leaves(self.spread.in_use({name: parameter}))
+        return laid
 
     def _scan(
         self, h: Array, start: int, stop: int, attended: _Attended, *, keep_kv: bool, keep: Keep = "inputs"
@@ -255,6 +269,7 @@ class Decoder(nnx.Module):
         def layer(h: Array, xs: tuple[Array, Past | None]) -> tuple[Array, tuple[Array, KV | None]]:
             index, past = xs
             block = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, index, keepdims=False), self.layers)
+            block = block if self.spread is None else self.spread.in_use(block)
             h, key, kv = block(h, view=_view(views, kinds, index - start), past=past)
             return h, (key, kv._replace(positions=kept) if keep_kv else None)
 

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from kedit_jax.errors import CheckpointError
+from kedit_jax.hosts import to_host
 from kedit_jax.models.checkpoint_files import (
     CONFIG_FILE,
     PICKLES,
@@ -31,6 +33,7 @@ from kedit_jax.models.decoder import Decoder
 from kedit_jax.models.parameters import named_parameters, with_parameters
 from kedit_jax.models.reading import Placement, read_parameters
 from kedit_jax.models.registry import FAMILIES, config_from_json
+from kedit_jax.models.spread import Spread
 from kedit_jax.models.table import Slot, buffer_names, slots
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,7 +51,11 @@ _HUB_FILES = [
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, placement: Placement | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    placement: Placement | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Load a decoder from a directory with config.json and safetensors, or from a hub id.
 
@@ -57,15 +64,20 @@ def load_model(
       dtype: of all parameters; None keeps the stored one (the widest, where a checkpoint mixes them).
       placement: a device or sharding for all parameters, or a function of a parameter's path and shape that gives one;
         None is JAX's default device. The host holds no more than a few tensors at a time beside what is placed on it.
+      mesh: from `make_mesh`; the model is cut along its axes, its programs run on all its devices, and each process reads
+        what its own devices hold. Not together with a placement.
 
     Raises:
       CheckpointError: nothing there, a model that is not implemented, pickled weights, or everything that is missing,
         extra, misshapen, of another type or not finite among the weights, in one error.
     """
+    if mesh is not None and placement is not None:
+        raise CheckpointError("a model lies on a mesh or where a placement says: give one of them")
     directory = locate(source)
     config = config_from_json(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
     _check_dtype(dtype)
-    abstract = abstract_decoder(config)
+    spread = None if mesh is None else Spread(mesh, config)
+    abstract = abstract_decoder(config, spread=spread)
     shapes = {path: value.shape for path, value in named_parameters(abstract).items()}
     expected = slots(config, shapes)
     files = TensorFiles(directory)
@@ -73,7 +85,7 @@ def load_model(
     sources = {stored: (expected[name], files.tensors[stored]) for name, stored in names.items()}
     kinds = [STORED_DTYPES[tensor.kind] for _, tensor in sources.values()]
     target = np.dtype(jnp.result_type(*kinds)) if dtype is None else np.dtype(dtype)
-    return with_parameters(abstract, read_parameters(sources, shapes, target, placement))
+    return with_parameters(abstract, read_parameters(sources, shapes, target, spread or placement))
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -97,10 +109,14 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, placement: Placement | None = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    placement: Placement | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Decoder, Any]:
     """The model and its tokenizer."""
-    return load_model(source, dtype=dtype, placement=placement), load_tokenizer(source)
+    return load_model(source, dtype=dtype, placement=placement, mesh=mesh), load_tokenizer(source)
 
 
 def read_config(source: str | os.PathLike[str]) -> ModelConfig:
@@ -133,18 +149,29 @@ def locate(source: str | os.PathLike[str]) -> Path:
     return _download(str(source))
 
 
-def abstract_decoder(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Decoder:
+def abstract_decoder(config: ModelConfig, dtype: DTypeLike = jnp.float32, spread: Spread | None = None) -> Decoder:
     """The decoder with shapes and dtypes in place of arrays, at no memory."""
-    return jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, spread=spread))
+
+
+def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
+    """A model that is in memory, laid out on a mesh; every process holds all of it before. `load_model` reads one there."""
+    spread = Spread(mesh, model.config)
+    laid = {
+        path: jax.make_array_from_callback(value.shape, spread(path, value.shape), np.asarray(value).__getitem__)
+        for path, value in named_parameters(model).items()
+    }
+    return with_parameters(abstract_decoder(model.config, model.dtype, spread), laid)
 
 
 def model_fingerprint(model: Decoder) -> str:
     """Hexadecimal SHA-256 over the configuration and every parameter's path, dtype, shape and bytes."""
     digest = hashlib.sha256(json.dumps(as_record(model.config), sort_keys=True).encode())
     for path, value in named_parameters(model).items():
-        host = np.asarray(value)
-        digest.update(f"\n{path} {host.dtype} {host.shape}\n".encode())
-        digest.update(host.tobytes())
+        digest.update(f"\n{path} {value.dtype} {value.shape}\n".encode())
+        stacked = model.spread is not None and value.ndim == 3
+        for part in value if stacked else (value,):  # layer by layer: of a mesh's, a host may not hold more
+            digest.update(to_host(part).tobytes())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kedit_jax.models.decoder import Decoder
+from kedit_jax.models.paths import dotted
 
 
 def named_parameters(model: Decoder) -> dict[str, Any]:
@@ -22,13 +23,3 @@ def named_parameters(model: Decoder) -> dict[str, Any]:
 def with_parameters(model: Decoder, values: Mapping[str, Any]) -> Decoder:
     """The same model with every parameter replaced by that of its path in `values`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: values[dotted(path)], model)
-
-
-def dotted(path: tuple[Any, ...]) -> str:
-    """`layers.mlp.down.kernel` for a key path; the `.value` that ends the path of a Flax parameter is left out.
-
-    A dictionary's own key "value" stays: attention weights of plain trees bear that name.
-    """
-    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -43,7 +43,7 @@ def rows(tokenizer: Any) -> list[list[Encoded]]:
 
 @pytest.fixture(scope="module")
 def whole(wide_model: Decoder, rows: list[list[Encoded]], wide: None) -> Values:
-    return QUICK(wide_model, align(rows), LAYER, SETTINGS, "products", None, 0, None)[0]
+    return QUICK(wide_model, align(rows), None, LAYER, SETTINGS, "products", None, 0)[0]
 
 
 def test_rounds_change_nothing(
@@ -56,7 +56,7 @@ def test_rounds_change_nothing(
         return QUICK(model, layout, *others)
 
     monkeypatch.setattr(module, "_advanced", counted)
-    found = optimise_in_rounds(wide_model, rows, align(rows), LAYER, SETTINGS)
+    (found,) = optimise_in_rounds(wide_model, [rows], [align(rows)], LAYER, SETTINGS)
     assert sizes == [len(REQUESTS), -(-len(REQUESTS) // SHARE)], "the last ones went on by themselves"
     assert len(set(np.asarray(whole.updates).tolist())) > 2
     assert found.updates.tolist() == whole.updates.tolist()
@@ -76,7 +76,7 @@ def test_negative_control_a_round_that_begins_anew_is_noticed(
 
     monkeypatch.setattr(module._Progress, "of", forgetful)
     monkeypatch.setattr(module, "_advanced", QUICK)
-    found = optimise_in_rounds(wide_model, rows, align(rows), LAYER, SETTINGS)
+    (found,) = optimise_in_rounds(wide_model, [rows], [align(rows)], LAYER, SETTINGS)
     assert largest_error(found.z, whole.z) > 1e-4
 
 
