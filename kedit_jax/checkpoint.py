@@ -100,62 +100,84 @@ def save_session(
     if lock is not None and lock.folder != folder:
         raise SessionError(f"the lock is on {str(lock.folder)!r}, not on {str(folder)!r}; lock the folder that is written")
     arrays = _arrays(session)
-    return Path(hosts.on_first(lambda: _save(session, folder, arrays, overwrite=overwrite, lock=lock)))
+    with contextlib.ExitStack() as held:
+        saving = _Saving(folder, arrays, _manifest(session) | {"arrays": _digest(arrays)})
+        partial = hosts.on_first(saving.told(lambda: saving.begin(session, None if lock is not None else held, overwrite)))
+        saving.store(Path(partial))
+        return Path(hosts.on_first(saving.told(saving.finish)))
 
 
-def _save(session: EditSession, folder: Path, arrays: dict[str, Any], *, overwrite: bool, lock: SessionLock | None) -> Path:
-    manifest = _manifest(session) | {"arrays": _digest(arrays)}
-    before: list[Path] = []
-    try:
-        with contextlib.ExitStack() as held:
-            if lock is None:
-                _lock(held, folder)
-            before = _versions(folder)
-            stored = _read_manifest(before[-1]) if before else None
-            if stored is not None and not overwrite:
-                _check_continues(stored, session, manifest, folder)
-            return _write(folder, arrays, manifest | {"times": _times(session, stored)}, before)
-    except SessionError:
-        raise
-    except Exception as error:  # whatever the storage layers raise, the user needs to know where the session stands
-        kept = f"version {before[-1].name} is intact" if before else "nothing was stored"
-        raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; {kept}") from error
+@dataclass
+class _Saving:
+    """A version being written: the first process makes room for it, all hand their arrays to Orbax, which waits for all, and
+    the first one gives the version its name."""
 
+    folder: Path
+    arrays: dict[str, Any]
+    manifest: dict[str, Any]
+    before: list[Path] = dataclasses.field(default_factory=list)
+    target: Path | None = None
 
-def _write(folder: Path, arrays: dict[str, Any], manifest: dict[str, Any], before: list[Path]) -> Path:
-    """The next version, on the disk before those before it are deleted. The folder is locked."""
-    number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
-    target = folder / f"{number:0{_VERSION_DIGITS}d}"
-    partial = folder / f"{_WRITING}{target.name}"
-    _sweep(folder)
-    try:
-        _check_space(folder, sum(a.nbytes for a in jax.tree.leaves(arrays)))
-        with _alone():
-            ocp.save_checkpointables(partial, {"arrays": arrays}, custom_metadata=manifest)
+    def told(self, work: Callable[[], Path]) -> Callable[[], Path]:
+        """Work with errors that say where the session stands, whatever the storage layers raise."""
+
+        def guarded() -> Path:
+            try:
+                return work()
+            except SessionError:
+                _sweep(self.folder)
+                raise
+            except Exception as error:
+                _sweep(self.folder)
+                kept = f"version {self.before[-1].name} is intact" if self.before else "nothing was stored"
+                raise SessionError(f"cannot save the session to {str(self.folder)!r}: {error}; {kept}") from error
+
+        return guarded
+
+    def begin(self, session: EditSession, held: contextlib.ExitStack | None, overwrite: bool) -> Path:
+        """Room for the next version; the folder is locked until `held` is left, or was before."""
+        if held is not None:
+            _lock(held, self.folder)
+        self.before = _versions(self.folder)
+        stored = _read_manifest(self.before[-1]) if self.before else None
+        if stored is not None and not overwrite:
+            _check_continues(stored, session, self.manifest, self.folder)
+        self.manifest["times"] = _times(session, stored)
+        number = 1 + max((int(path.name) for path in _numbered(self.folder)), default=0)
+        self.target = self.folder / f"{number:0{_VERSION_DIGITS}d}"
+        _sweep(self.folder)
+        _check_space(self.folder, sum(a.nbytes for a in jax.tree.leaves(self.arrays)))
+        return self.folder / f"{_WRITING}{self.target.name}"
+
+    def store(self, partial: Path) -> None:
+        """The version's files, under a name that is none of a version."""
+        problem: SessionError | None = None
+
+        def write() -> Path:
+            ocp.save_checkpointables(partial, {"arrays": self.arrays}, custom_metadata=self.manifest)
+            return partial
+
+        try:
+            self.told(write)()
+        except SessionError as error:
+            problem = error
+        hosts.agree(problem)
+
+    def finish(self) -> Path:
+        """On the disk before those before it are deleted."""
+        if self.target is None:
+            raise SessionError("a version is finished that was not begun")
+        partial = self.folder / f"{_WRITING}{self.target.name}"
         files.write_sums(partial)
         files.sync_tree(partial)
-        os.rename(partial, target)
-    except Exception:
-        _sweep(folder)
-        raise
-    files.sync(folder)
-    files.sync(folder.parent)
-    for old in before:  # renamed first, so that one that is half deleted does not bear its name
-        with contextlib.suppress(OSError):
-            os.rename(old, folder / f"{_REMOVED}{old.name}")
-    _sweep(folder)
-    return target
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Orbax waits for no other process: the first one writes, and each reads by itself."""
-    number = hosts.number()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=number, active_processes={number}, barrier_sync_key_prefix=f"process-{number}"
-    )
-    with ocp.Context(multiprocessing_options=alone):
-        yield
+        os.rename(partial, self.target)
+        files.sync(self.folder)
+        files.sync(self.folder.parent)
+        for old in self.before:  # renamed first, so that one that is half deleted does not bear its name
+            with contextlib.suppress(OSError):
+                os.rename(old, self.folder / f"{_REMOVED}{old.name}")
+        _sweep(self.folder)
+        return self.target
 
 
 def _sweep(folder: Path) -> None:
@@ -201,8 +223,7 @@ def _load(version: Path, model: Decoder, tokenizer: Any, moments: Moments, prior
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version))
     try:
-        with _alone():
-            arrays = ocp.load_checkpointables(version)["arrays"]
+        arrays = ocp.load_checkpointables(version)["arrays"]
         if _digest(arrays) != manifest["arrays"]:
             raise ValueError("its arrays are not those that were saved")
         kernel = (model.config.d_ff, model.config.d_model)
@@ -294,8 +315,7 @@ def _is_complete(version: Path) -> bool:
     if (version / files.SUMS).is_file():  # the last to be written; what else is missing is damage, and is named
         return True
     try:  # `ocp.is_orbax_checkpoint` is content with an empty folder
-        with _alone():
-            return bool(ocp.checkpointables_metadata(version).custom_metadata)
+        return bool(ocp.checkpointables_metadata(version).custom_metadata)
     except (OSError, ValueError, KeyError):
         return False
 
@@ -417,8 +437,7 @@ def _read_manifest(version: Path) -> dict[str, Any]:
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version, only=_MANIFEST))
     try:
-        with _alone():
-            manifest = ocp.checkpointables_metadata(version).custom_metadata
+        manifest = ocp.checkpointables_metadata(version).custom_metadata
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(version, [str(error)]) from error
     if not isinstance(manifest, dict) or "format" not in manifest:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kedit_jax.errors import KeditError
-from kedit_jax.hosts import to_host
+from kedit_jax.hosts import one_of, to_host
 from kedit_jax.models.paths import dotted
 
 Params = TypeVar("Params")
@@ -182,8 +182,9 @@ def host_kernel(params: Any, address: str) -> Float[np.ndarray, "k v"]:
     leaf = leaves[path]
     if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] == ["cpu"]:
         leaf = np.asarray(leaf)  # a view of it, and of one kernel then
-    kernel: np.ndarray = to_host(_at(leaf, index))
-    return kernel
+    if index is not None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        return to_host(one_of(leaf, index))
+    return np.asarray(_at(leaf, index))
 
 
 def add_on_host(

@@ -145,6 +145,13 @@ def total(part: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     return result.reshape(part.shape)
 
 
+@jax.jit
+def one_of(stack: jax.Array, index: int) -> jax.Array:
+    """One of the arrays that are stacked along the leading axis; one program for all of them, wherever they lie."""
+    found: jax.Array = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    return found
+
+
 def _whole(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
         sharding = leaf.sharding

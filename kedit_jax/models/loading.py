@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from kedit_jax.errors import CheckpointError
-from kedit_jax.hosts import to_host
+from kedit_jax.hosts import one_of, to_host
 from kedit_jax.models.checkpoint_files import (
     CONFIG_FILE,
     PICKLES,
@@ -169,9 +169,11 @@ def model_fingerprint(model: Decoder) -> str:
     digest = hashlib.sha256(json.dumps(as_record(model.config), sort_keys=True).encode())
     for path, value in named_parameters(model).items():
         digest.update(f"\n{path} {value.dtype} {value.shape}\n".encode())
-        stacked = model.spread is not None and value.ndim == 3
-        for part in value if stacked else (value,):  # layer by layer: of a mesh's, a host may not hold more
-            digest.update(to_host(part).tobytes())
+        if model.spread is None or value.ndim < 3:
+            digest.update(to_host(value).tobytes())
+            continue
+        for layer in range(len(value)):  # of a model on a mesh, a host may hold no more
+            digest.update(to_host(one_of(value, layer)).tobytes())
     return digest.hexdigest()
 
 
