@@ -54,12 +54,12 @@ def initialize(
 
 def count() -> int:
     """Processes that run this program."""
-    return jax.process_count()
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def number() -> int:
     """Which of them this is, from 0 on."""
-    return jax.process_index()
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:

@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kedit_jax import hosts
 from kedit_jax.checkpoint import SessionLock, has_session, lock_session, read_manifest, save_session
 from kedit_jax.cli import history, show
 from kedit_jax.cli.cache import compiled_programs_kept
@@ -21,14 +23,17 @@ from kedit_jax.cli.common import (
     Dtype,
     Model,
     MomentsDir,
+    Run,
     Session,
     Sha256,
     ZsreTarget,
     console,
     lines,
     load_for,
+    load_here,
     open_session,
     parse_layers,
+    parse_mesh,
     read_facts,
 )
 from kedit_jax.cli.demo import demo
@@ -44,16 +49,15 @@ from kedit_jax.editing.session import EditSession, check_editable, start_session
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import Record
-from kedit_jax.models import Decoder, load
+from kedit_jax.models import Decoder
 from kedit_jax.solve.postprocess import POSTS
 from kedit_jax.solve.sequences import MODES
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit facts in language models."
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 FEW_CORES = 4
 SHOWN = 10  # proposed subjects
 NULL_SPACE = {"null_threshold", "null_relative", "null_rank"}
+ALONE = ("demo", "export")  # commands that a second process would not help
 INTERRUPTED = 130  # the exit status that typer gives to an interrupt from the keyboard
 
 Corpus = Annotated[Path | None, typer.Option(help="text such as the model was trained on, a document a line")]
@@ -66,8 +70,37 @@ for command in (*COMMANDS, history.log, history.retract, history.restore, histor
 app.command("eval")(evaluate_command)
 
 
+@app.callback()
+def everywhere(
+    context: typer.Context,
+    mesh: Annotated[str | None, typer.Option(help="lay models out on all devices, as data=2,model=4")] = None,
+    hosts_found: Annotated[
+        bool, typer.Option("--hosts", help="one of several processes that Slurm, a TPU slice or Open MPI started")
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of the first of several processes started by hand")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="how many they are", min=1)] = None,
+    process: Annotated[int | None, typer.Option(help="which of them this is, from 0 on", min=0)] = None,
+    timeout: Annotated[
+        int, typer.Option(help="seconds after which all end when one of them does not answer", min=1)
+    ] = hosts.TIMEOUT,
+) -> None:
+    """Edit facts in language models. Options for several devices and processes stand before the command."""
+    by_hand = (coordinator, processes, process)
+    if any(part is not None for part in by_hand) and None in by_hand:
+        raise KeditError("--coordinator, --processes and --process say together which process this is: give all three")
+    if hosts_found or coordinator is not None:
+        hosts.initialize(coordinator, processes, process, timeout=timeout)
+        console.quiet = not hosts.is_first()
+    if hosts.count() > 1 and context.invoked_subcommand in ALONE:
+        raise KeditError(f"kedit {context.invoked_subcommand} runs in one process: leave --hosts and --coordinator out")
+    context.obj = Run(None if mesh is None else parse_mesh(mesh))
+
+
 @app.command()
 def stats(
+    context: typer.Context,
     model: Model,
     corpus: Annotated[Path, typer.Option(help="text such as the model was trained on, a document a line")],
     layers: Annotated[str, typer.Option(help="layers, as 3,4,5; 0 is the first")],
@@ -76,7 +109,7 @@ def stats(
     dtype: Dtype = None,
 ) -> None:
     """Compute the second moments of a model's keys over a corpus, once, for all edits to come."""
-    decoder, tokenizer = load(model, dtype=dtype)
+    decoder, tokenizer = load_here(context, model, dtype)
     check_editable(decoder.config)
     found = _compute(decoder, tokenizer, corpus, parse_layers(layers), moments, max_tokens)
     console.print(
@@ -88,6 +121,7 @@ def stats(
 
 @app.command()
 def edit(
+    context: typer.Context,
     model: Model,
     facts: Annotated[str, typer.Argument(help="JSONL of prompt (with one {}), subject, target; or a data set, CSV, TSV")],
     session: Session,
@@ -143,13 +177,13 @@ def edit(
         if has_session(session):
             _check_same_settings(session, settings, preset, options)
             lock = None if dry_run else until_stored.enter_context(lock_session(session))
-            decoder, tokenizer = load_for(session, model, dtype)
+            decoder, tokenizer = load_for(context, session, model, dtype)
             current = open_session(session, decoder, tokenizer, folder)
         else:
             chosen = _settings(settings, preset, options)
             if corpus is None:
                 raise KeditError("a new session needs --corpus, text such as the model was trained on, a document a line")
-            decoder, tokenizer = load(model, dtype=dtype)
+            decoder, tokenizer = load_here(context, model, dtype)
             check_editable(decoder.config)
             if preset is not None:
                 check_preset(preset, decoder.config)
@@ -179,10 +213,21 @@ def main() -> None:
             app()
     except KeditError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+        hosts.leave(1)
         sys.exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if hosts.count() == 1:
+            raise
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error:[/] a process of this run ended or does not answer ({escape(str(error).splitlines()[0])}); "
+            "what was saved is intact, run the same command again on all hosts to go on"
+        )
+        hosts.leave(1)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
             Console(stderr=True).print("interrupted; what was saved is intact, run the same command again to go on")
+        if ended.code:
+            hosts.leave(ended.code if isinstance(ended.code, int) else 1)
         raise
 
 

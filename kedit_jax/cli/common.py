@@ -1,6 +1,7 @@
 """What several commands share: their options, and how they open models and stored sessions."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,14 +9,28 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from kedit_jax import hosts
 from kedit_jax.checkpoint import load_session, read_manifest
 from kedit_jax.editing.moments import moments_path, read_moments
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import Record, read_records
-from kedit_jax.models import Decoder, load
+from kedit_jax.models import Decoder, load, make_mesh
+from kedit_jax.models.spread import DATA, MODEL
 
 console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What options before the command say: it is in the context that typer hands down.
+
+    Attributes:
+        mesh: axes of the mesh that models lie on, `data` and `model`; None for one device.
+    """
+
+    mesh: dict[str, int] | None = None
+
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory (config.json, safetensors, tokenizer) or hub id")]
 Session = Annotated[Path, typer.Option(help="the folder that holds the session")]
@@ -76,9 +91,27 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return layers
 
 
-def load_for(session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:
+def parse_mesh(text: str) -> dict[str, int]:
+    """The axes of a mesh, as data=2,model=4. Raises KeditError."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {name.strip(): size.strip() for name, _, size in pairs}
+    whole = all(size.isdigit() and int(size) for size in found.values())
+    if len(found) < len(pairs) or set(found) - {DATA, MODEL} or not whole:
+        raise KeditError(f"mesh {text!r} must be written as data=2,model=4, with whole numbers from 1 on")
+    return {name: int(size) for name, size in found.items()}
+
+
+def load_here(context: typer.Context, model: str, dtype: str | None) -> tuple[Decoder, Any]:
+    """A model and its tokenizer, on the mesh that options before the command ask for."""
+    axes = context.obj.mesh
+    if axes is None and hosts.count() > 1:
+        axes = {DATA: hosts.count()}
+    return load(model, dtype=dtype, mesh=None if axes is None else make_mesh(**axes))
+
+
+def load_for(context: typer.Context, session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:
     """The model in the dtype that the session was begun with, unless another one is asked for."""
-    return load(model, dtype=dtype or read_manifest(session)["model"]["dtype"])
+    return load_here(context, model, dtype or read_manifest(session)["model"]["dtype"])
 
 
 def open_session(session: Path, model: Decoder, tokenizer: Any, moments: Path | None = None) -> EditSession:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from kedit_jax import hosts
 from kedit_jax.checkpoint import read_manifest
 from kedit_jax.cli import show
 from kedit_jax.cli.common import (
@@ -22,6 +23,7 @@ from kedit_jax.cli.common import (
     console,
     lines,
     load_for,
+    load_here,
     open_session,
     read_facts,
 )
@@ -52,7 +54,7 @@ from kedit_jax.evaluation import (
     write_texts,
 )
 from kedit_jax.evaluation.counterfact import Prepared
-from kedit_jax.models import Decoder, load
+from kedit_jax.models import Decoder
 from kedit_jax.verification import batch_scores, is_exact, norms_over_steps, verify_session
 
 SHOWN, TOKENS = 6, 16  # facts whose completions a page shows, and how long they are at most
@@ -60,6 +62,7 @@ WORLD = "world"
 
 
 def evaluate_command(
+    context: typer.Context,
     model: Model,
     records: Annotated[str, typer.Argument(help="CounterFact, zsRE, MQuAKE ... recognised by content; a path or hf://...")],
     session: Annotated[Path | None, typer.Option(help="a session to evaluate beside the unedited model")] = None,
@@ -92,7 +95,7 @@ def evaluate_command(
             show.check_writable(file)
     tasks = [task.some(ability_limit) for task in _tasks(ability or [])]
     read = read_facts(records, columns, sha256, zsre_target)
-    decoder, tokenizer = load(model, dtype=dtype) if session is None else load_for(session, model, dtype)
+    decoder, tokenizer = load_here(context, model, dtype) if session is None else load_for(context, session, model, dtype)
     texts = None
     if heldout is not None:
         texts = prepare_texts(list(lines(heldout)), tokenizer, max_length=decoder.config.max_positions)
@@ -120,9 +123,11 @@ def evaluate_command(
         course = _course(edited, read, read_manifest(session).get("times"))
         name = Path(model).resolve().name if Path(model).is_dir() else model
         content["session"] = course.to_dict()
-        report.write_text(page(name, edited, rows, course, metadata.version("kedit-jax")), encoding="utf-8")
+        text = page(name, edited, rows, course, metadata.version("kedit-jax"))
+        if hosts.is_first():
+            report.write_text(text, encoding="utf-8")
         console.print(f"a page about the session: {escape(str(report))}")
-    if json_file is not None:
+    if json_file is not None and hosts.is_first():
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

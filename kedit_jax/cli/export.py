@@ -17,6 +17,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2*
 
 
 def export(
+    context: typer.Context,
     model: Model,
     to: Annotated[Path, typer.Argument(help="folder to write; for the delta, a .safetensors file")],
     session: Session,
@@ -42,7 +43,7 @@ def export(
     limit = None if shard is None else _bytes(shard)
     if not dry_run:
         check_target(to, form, overwrite=overwrite)
-    decoder, tokenizer = load_for(session, model, None)
+    decoder, tokenizer = load_for(context, session, model, None)
     edited = open_session(session, decoder, tokenizer, moments)
     if form == "adapter":
         _adapter(edited, to, model, rank, error, dtype, dry_run=dry_run, overwrite=overwrite)

@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from kedit_jax import hosts
 from kedit_jax.checkpoint import SessionLock, lock_session, newest_version, read_events, read_manifest, save_session
 from kedit_jax.cli import show
 from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, load_for, open_session
 from kedit_jax.editing import algebra
 from kedit_jax.editing.session import EditSession
+from kedit_jax.errors import KeditError
 
 Ids = Annotated[list[str], typer.Argument(help="ids of facts; see `kedit log`")]
 
@@ -40,27 +42,32 @@ def log(
     )
 
 
-def retract(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+def retract(
+    context: typer.Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
+) -> None:
     """Take facts back, as if they had never been edited."""
-    with _opened(model, session, moments, dtype) as (before, lock):
+    with _opened(context, model, session, moments, dtype) as (before, lock):
         _store(before.retract(ids)[0], lock, f"took back {len(set(ids))}")
 
 
-def restore(model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+def restore(
+    context: typer.Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
+) -> None:
     """Write facts once more that were taken back or replaced, from their recorded constraints."""
-    with _opened(model, session, moments, dtype) as (before, lock):
+    with _opened(context, model, session, moments, dtype) as (before, lock):
         _store(before.restore(ids)[0], lock, f"restored {len(set(ids))}")
 
 
-def undo(model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+def undo(context: typer.Context, model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Take the last step back, whatever it was; again, the one before it."""
-    with _opened(model, session, moments, dtype) as (before, lock):
+    with _opened(context, model, session, moments, dtype) as (before, lock):
         current, _ = algebra.undo(before)
         undone = current.events[-1].undoes or 0  # an undo names what it undoes
         _store(current, lock, f"undid step {undone} ({current.events[undone - 1].kind})")
 
 
 def merge(
+    context: typer.Context,
     model: Model,
     other: Annotated[
         Path, typer.Argument(help="folder of the session to merge into this one; its facts count as the later")
@@ -74,13 +81,14 @@ def merge(
     dtype: Dtype = None,
 ) -> None:
     """Merge another session of the same model: the one-time edit of the facts of both."""
-    with _opened(model, session, moments, dtype) as (first, lock):
+    with _opened(context, model, session, moments, dtype) as (first, lock):
         second = open_session(other, first.base, first.tokenizer, moments)
         current, _ = algebra.merge(first, second, conflicts=conflicts, prefix=prefix)
         _store(current, lock, f"merged {len(current.events[-1].ids)} facts of {escape(str(other))}")
 
 
 def compact(
+    context: typer.Context,
     model: Model,
     session: Session,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
@@ -88,19 +96,23 @@ def compact(
     dtype: Dtype = None,
 ) -> None:
     """Shrink a session to memory that no longer grows with its facts; they can then not be taken back any more."""
-    with _opened(model, session, moments, dtype) as (before, lock):
+    with _opened(context, model, session, moments, dtype) as (before, lock):
         count = len(before.facts) - before.compacted
+        if not yes and hosts.count() > 1:
+            raise KeditError("several processes cannot be asked: give --yes")
         if not yes:
             typer.confirm(f"{count} facts can then never be retracted, replaced or restored again. Go on?", abort=True)
         _store(algebra.compact(before), lock, f"compacted {count} facts, which can no longer be taken back")
 
 
 @contextmanager
-def _opened(model: str, session: Path, moments: Path | None, dtype: str | None) -> Iterator[tuple[EditSession, SessionLock]]:
+def _opened(
+    context: typer.Context, model: str, session: Path, moments: Path | None, dtype: str | None
+) -> Iterator[tuple[EditSession, SessionLock]]:
     """A stored session that nobody else changes until this command has."""
     newest_version(session)  # or locking would make the folder
     with lock_session(session) as lock:
-        decoder, tokenizer = load_for(session, model, dtype)
+        decoder, tokenizer = load_for(context, session, model, dtype)
         yield open_session(session, decoder, tokenizer, moments), lock
 
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kedit_jax import hosts
 from kedit_jax.cli import show
 from kedit_jax.cli.common import Dtype, MomentsDir, load_for, open_session
 from kedit_jax.editing.drift import Drift, key_drift
@@ -20,6 +21,7 @@ from kedit_jax.verification import CONTROL, Check, finite, is_exact, verify_sess
 
 
 def verify(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="model of a session: a Hugging Face directory or hub id")] = None,
     session: Annotated[Path | None, typer.Option(help="the folder of a session to check against its constraints")] = None,
     moments: MomentsDir = None,
@@ -31,7 +33,7 @@ def verify(
     Of a session: that the stored update of each layer is the one-time edit of the stored constraints, and how far keys have
     moved since they were recorded. Exit status 1 if any check fails.
     """
-    console = Console()
+    console = Console(quiet=not hosts.is_first())
     if (model is None) != (session is None):
         raise KeditError("a session is checked with its model: kedit verify MODEL --session DIR; neither checks the solver")
     if json_file is not None:
@@ -41,13 +43,13 @@ def verify(
         with show.bar(console, "invariants x problems") as move:
             checks = verify_solver(move)
     else:
-        decoder, tokenizer = load_for(session, model, dtype)
+        decoder, tokenizer = load_for(context, session, model, dtype)
         opened = open_session(session, decoder, tokenizer, moments)
         checks = _verify_session(console, opened)
         content["drift"] = _drift(console, opened)
     console.print(checks_table(checks))
     _conclude(console, checks)
-    if json_file is not None:
+    if json_file is not None and hosts.is_first():
         written = {"checks": [check.to_dict() for check in checks]} | content
         json_file.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if not all(check.holds for check in checks):
