@@ -14,7 +14,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "kedit_jax"
 ROOMS = (
-    *("errors", "files", "hosts", "assets", "solve", "models", "delta", "editing", "checkpoint", "evaluation", "verification"),
+    *(
+        "errors",
+        "files",
+        "hosts",
+        "assets",
+        "solve",
+        "models",
+        "delta",
+        "editing",
+        "checkpoint",
+        "evaluation",
+        "verification",
+    ),
     *("export", "cli"),
 )
 """From the floor up: a room imports itself and what stands before it. The package itself is the roof: it names what users

@@ -1,5 +1,6 @@
 """`kedit inspect`: what a model is and what editing it takes. `kedit doctor`: whether this machine is fit for it."""
 
+import math
 import os
 import platform
 import shutil
@@ -13,18 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from jax.sharding import AbstractMesh
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from kedit_jax import solve
-from kedit_jax.cli.common import console, parse_layers
-from kedit_jax.editing.budget import memory_items, total
+from kedit_jax.cli.common import console, parse_layers, parse_mesh
+from kedit_jax.editing.budget import device_bytes, memory_items, total
 from kedit_jax.editing.presets import PRESETS, derive_settings, read_settings
 from kedit_jax.editing.session import check_editable
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.errors import KeditError
-from kedit_jax.models import ModelConfig, down_kernel_address, read_config
+from kedit_jax.models import ModelConfig, Spread, down_kernel_address, read_config
+from kedit_jax.models.spread import DATA, MODEL
 
 PACKAGES = (
     "jax",
@@ -47,6 +50,7 @@ def inspect(
     facts: Annotated[int, typer.Option(help="facts the session shall hold", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="facts a step", min=1)] = 100,
     dtype: Annotated[str, typer.Option(help="of the model: float32, bfloat16, float16")] = "bfloat16",
+    mesh: Annotated[str | None, typer.Option(help="plan for devices that need not be here, as data=4,model=4")] = None,
 ) -> None:
     """Family, layers and sizes of a model, what would be edited, and the memory that takes, before anything is loaded."""
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -58,8 +62,10 @@ def inspect(
         raise KeditError(
             f"layers {', '.join(map(str, chosen.layers))}: the model has layers from 0 to {config.n_layers - 1}"
         )
-    items = memory_items(config, chosen, facts=facts, batch=batch, dtype=jnp.dtype(dtype))
-    parameters = items[0].size // jnp.dtype(dtype).itemsize
+    axes = None if mesh is None else {DATA: 1, MODEL: 1} | parse_mesh(mesh)
+    spread = None if axes is None else Spread(AbstractMesh(tuple(axes.values()), tuple(axes)), config)
+    items = memory_items(config, chosen, facts=facts, batch=batch, dtype=jnp.dtype(dtype), spread=spread)
+    parameters = device_bytes(config, None, 1)
     console.print(
         f"{config.family}: {config.n_layers} layers of width {config.d_model}, {config.n_heads} heads over "
         f"{config.n_kv_heads} of keys and values, vocabulary {config.vocab_size:,}, {_count(parameters)} parameters",
@@ -72,14 +78,25 @@ def inspect(
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE, title=f"{facts} facts, {batch} a step, model in {dtype}", title_justify="left")
+    where = "" if axes is None else f", {axes[DATA]} x {axes[MODEL]} devices"
+    title = f"{facts} facts, {batch} a step, model in {dtype}{where}"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
     table.add_column("memory for")
     table.add_column("where")
     table.add_column("size", justify="right")
     for item in items:
         table.add_row(item.what, item.place, f"{'' if item.exact else '~'}{_size(item.size)}")
     console.print(table)
-    _compare(total(items, "device"), total(items, "host"))
+    device, host = total(items, "device"), total(items, "host")
+    if axes is None:
+        _compare(device, host)
+        return
+    console.print(f"{_size(device)} a device, of {math.prod(axes.values())} alike; {_size(host)} of host memory a process")
+    uncut = [name for name, size in (("attention heads", config.n_heads), ("key width", config.d_ff)) if size % axes[MODEL]]
+    if uncut:
+        console.print(
+            f"model={axes[MODEL]} does not divide the {' and the '.join(uncut)}, which every device then computes whole"
+        )
 
 
 def doctor() -> None:

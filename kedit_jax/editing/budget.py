@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Int, Shaped
@@ -13,11 +12,12 @@ from jaxtyping import Int, Shaped
 from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align
-from kedit_jax.models import Keep, ModelConfig, abstract_decoder
-from kedit_jax.models.spread import Spread
+from kedit_jax.models import Keep, ModelConfig, abstract_decoder, named_parameters
+from kedit_jax.models.spread import Spread, share
 from kedit_jax.solve import host
 
 WIDE = 8  # bytes of a float64
+DOWN = "layers.mlp.down.kernel"
 GIB = 2**30
 PROMPT, SUFFIX = 24, 8
 """Tokens up to the subject's last one, and behind it, that value optimisation is estimated for."""
@@ -43,19 +43,27 @@ class Item:
 
 
 def memory_items(
-    config: ModelConfig, settings: EditSettings, *, facts: int, batch: int, dtype: DTypeLike = np.float32
+    config: ModelConfig,
+    settings: EditSettings,
+    *,
+    facts: int,
+    batch: int,
+    dtype: DTypeLike = np.float32,
+    spread: Spread | None = None,
 ) -> list[Item]:
     """What a session of `facts` facts, written `batch` at a time, holds; in bytes.
 
-    Where CPU is the device, host and device are the same memory.
+    Where CPU is the device, host and device are the same memory. On a mesh, "device" is what one of its devices holds, and
+    "host" what every process does.
     """
     layers, n, v = len(settings.layers), config.d_ff, config.d_model
     itemsize = np.dtype(dtype).itemsize
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_decoder(config)))
+    stack = (config.n_layers, n, v)
+    cut = 1 if spread is None else math.prod(stack) // share(spread.mesh, spread.at_rest(DOWN, stack), stack)
     return [
-        Item("model", "device", parameters * itemsize),
-        Item("edited kernels, all layers stacked", "device", config.n_layers * n * v * itemsize),
-        Item("value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize), False),
+        Item("model", "device", device_bytes(config, spread, itemsize)),
+        Item("edited kernels, all layers stacked", "device", math.prod(stack) // cut * itemsize),
+        Item("value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize, spread), False),
         Item("second moments", "host", layers * n * n * WIDE),
         Item("factors of the priors", "host", layers * n * n * WIDE),
         Item("solver's states", "host", layers * host.state_size(n, v, facts)),
@@ -70,10 +78,21 @@ def total(items: Sequence[Item], place: str | None = None) -> int:
     return sum(item.size for item in items if place in (None, item.place))
 
 
-def _values(config: ModelConfig, settings: EditSettings, batch: int, itemsize: int) -> int:
+def device_bytes(config: ModelConfig, spread: Spread | None, itemsize: int) -> int:
+    """What the parameters take, on one device of the mesh if there is one."""
+    parameters = named_parameters(abstract_decoder(config))
+    if spread is None:
+        return itemsize * sum(math.prod(leaf.shape) for leaf in parameters.values())
+    return itemsize * sum(
+        share(spread.mesh, spread.at_rest(path, leaf.shape), leaf.shape) for path, leaf in parameters.items()
+    )
+
+
+def _values(config: ModelConfig, settings: EditSettings, batch: int, itemsize: int, spread: Spread | None) -> int:
     """What value optimisation will take: all that it may, or less where the batch is small."""
+    batch = batch if spread is None else -(-batch // spread.data)
     size = typical_sizes(min(batch, settings.micro_batch or batch), settings.prefixes)
-    return min(int(settings.memory * GIB), values_bytes(config, size, settings.layers[-1], "products", itemsize))
+    return min(int(settings.memory * GIB), values_bytes(config, size, settings.layers[-1], "products", itemsize, spread))
 
 
 class MicroBatches(NamedTuple):

@@ -105,9 +105,13 @@ class Spread:
         """
 
         def laid(path: tuple[Any, ...], leaf: Array) -> Array:
-            axes = _axes(dotted(path), self._heads_divide())
-            spec = self._dividing(tuple(None if axis == DATA else axis for axis in axes), leaf.shape)
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+            name = dotted(path)
+            axes = tuple(None if axis == DATA else axis for axis in _axes(name, self._heads_divide()))
+            # As it rests first: what is asked of a layer would else be asked of the stack that it is taken from, and all of
+            # that be gathered before the loop over layers (Llama-3-8B on 16 chips: 4.1 GiB a chip beside the model's 0.9).
+            for spec in (self._dividing(_axes(name), leaf.shape), self._dividing(axes, leaf.shape)):
+                leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+            return leaf
 
         return jax.tree_util.tree_map_with_path(laid, tree)
 
@@ -174,7 +178,7 @@ def on_shares(spread: Spread | None, run: Callable[..., Tree], *stacked: Any, re
     """
     if spread is None:
         raise KeditError("the model lies on no mesh; load it with one")
-    found = jax.vmap(run, spmd_axis_name=DATA)(*stacked)
+    found = jax.vmap(run)(*stacked)  # no `spmd_axis_name`: it forbids to say of parameters that they rest along `data`
     return spread.everywhere(found) if read else found
 
 
