@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kedit_jax.checkpoint import load_session, read_manifest
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.moments import moments_path, read_moments
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
@@ -16,6 +16,8 @@ from kedit_jax.evaluation import Record, read_records
 from kedit_jax.models import Decoder, load
 
 console = Console()
+MAX_LINE = 2**24
+"""Characters of a document, which is held in memory as a whole."""
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory (config.json, safetensors, tokenizer) or hub id")]
 Session = Annotated[Path, typer.Option(help="the folder that holds the session")]
@@ -35,7 +37,10 @@ def lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank, read as they are asked for. Raises KeditError where it cannot be."""
     try:
         with path.open(encoding="utf-8") as file:
-            yield from (line for part in file for line in part.splitlines() if line.strip())
+            while part := file.readline(MAX_LINE + 1):
+                if len(part) > MAX_LINE:
+                    raise OSError(f"a line has more than {MAX_LINE:,} characters; write a document a line")
+                yield from (line for line in part.splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise KeditError(f"cannot read {str(path)!r}: {error}") from error
 
