@@ -400,8 +400,9 @@ def test_a_manifest_s_problems_are_listed_whatever_its_format(stored: Path, worl
         with pytest.raises(SessionError, match="is damaged") as caught:
             read(stored)
         for words in (
-            "model.fingerprint is 1", "model.n_layers is True", "model.kernel is [12]", "model.dtype is None", "priors.0 is 1",
-            "moments is 5", "arrays is missing", "prefixes is", "facts: number 3: prompt 'no slot' has 0 slots",
+            "model.fingerprint is 1", "model.n_layers is True", "model.kernel is [12]", "model.dtype is None",
+            "priors.0 is 1", "moments is 5", "arrays is missing", "prefixes is",
+            "facts: number 3: prompt 'no slot' has 0 slots",
             "facts: number 3: 'subject' must be text",
             "facts: number 3 has no id", "facts: number 4 is []",
             "compacted is 1000", "batches is [-1]", "sizes is {'rows': 1}", "event 1: kind is '[/]'", "event 1: ids is [1]",

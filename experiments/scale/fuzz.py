@@ -317,6 +317,39 @@ Written by `python -m experiments.scale.fuzz --seconds {seconds:g}` (numbers in 
 inputs are spoilt.
 
 {table}
+Atheris (in a process of its own for each target) is not run on what takes tens of milliseconds an input. Seconds include
+what other processes on the machine took. Tests have a quick form of it: `tests/test_fuzzed.py`.
+
+## What was found and mended
+
+By these targets, before the mends; each has a test in `tests/test_untrusted.py`:
+
+- header, index, config: JSON nested deeply ended in a RecursionError, a number of thousands of digits in a ValueError, and
+  a shard's name of thousands of characters in an OSError.
+- config: layers beyond any (a billion) made lists for as long as memory lasted, sizes of 400 digits ended in a TypeError of
+  NumPy's, and a share of rotated components of 1e308 would have in an OverflowError. Sizes now have bounds.
+- tokenizer: `tokenizers` raises Exception itself, transformers a RecursionError or an AttributeError, and a panic of the
+  Rust code is no Exception at all (this one by the first full run of this program).
+- requests, records: halves of characters (lone surrogates) were accepted in requests and ids, and could then not be
+  stored. A field that one schema ignores (`weight` beside EasyEdit's fields) was read once a record was written in another.
+- tasks: a KeyError where a sentence was missing.
+- settings, options: `!!timestamp x` and its like ended in PyYAML's own AttributeError, brackets in a RecursionError, sizes
+  of hundreds of digits in an OverflowError.
+- manifest, session: 30 places where a field that was missing or of another type ended in a KeyError, TypeError,
+  AttributeError, ValueError or RecursionError, of all formats. All problems of a manifest are now listed at once.
+- moments, delta, export: KeyErrors, TypeErrors and RecursionErrors of what a file says of itself, signed anew.
+
+By reading the code, which no input of these targets would have shown:
+
+- A session's `.lock` that is a symbolic or hard link had the file that it leads to emptied by the next writer; links,
+  pipes and devices in a session were read for their checksums; `.writing-*` could be a link to another folder.
+- 100 KB of a session could hold gigabytes of zeros, a small gzip file gigabytes of records or of blanks; lists of problems
+  grew with them. Nine lines of YAML aliases could stand for a billion values.
+- A `config.json` without an end (a device) was read whole; a document of a corpus may no longer be of any length.
+- A manifest's fingerprint of moments was part of a path; a checkpoint's `merges.txt` that is a link to a private file was
+  copied into exports.
+- A stored prior with the right checksum was taken whatever its shape and numbers.
+- Texts of a session could style the terminal (`[bold]`), end a command (`[/]`), or send it escape sequences.
 """
 
 if __name__ == "__main__":
