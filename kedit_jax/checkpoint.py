@@ -9,6 +9,8 @@ session. Orbax is used nowhere else in the package: its v1 API still moves.
 import contextlib
 import dataclasses
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,7 +32,8 @@ from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, Event, StoredLayer, restore_session
 from kedit_jax.editing.settings import EditSettings
-from kedit_jax.errors import KeditError, SessionError
+from kedit_jax.editing.stored import manifest_problems
+from kedit_jax.errors import KeditError, SessionError, shown
 from kedit_jax.models import Decoder, model_fingerprint
 
 FORMAT = 3
@@ -184,6 +187,8 @@ def _sweep(folder: Path) -> None:
     """Delete what is no version: of this process, and of those that were killed while they wrote."""
     for prefix in (_WRITING, _REMOVED):
         for left in folder.glob(f"{prefix}*"):
+            if left.is_symlink():  # never ours, and not followed
+                left.unlink(missing_ok=True)
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -223,29 +228,33 @@ def _load(version: Path, model: Decoder, tokenizer: Any, moments: Moments, prior
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version))
     try:
+        _check_sizes(version, manifest)
         arrays = ocp.load_checkpointables(version)["arrays"]
+        _check_finite(arrays)
         if _digest(arrays) != manifest["arrays"]:
             raise ValueError("its arrays are not those that were saved")
         kernel = (model.config.d_ff, model.config.d_model)
         layers = {layer: _stored_layer(arrays.get("layers", {}).get(str(layer), {}), kernel) for layer in settings.layers}
-    except Exception as error:  # without checksums, any of Orbax's layers can meet the damage
-        raise _damaged(version, [str(error)]) from error
-    session = restore_session(
-        model,
-        tokenizer,
-        moments,
-        settings,
-        prefixes=tuple(manifest["prefixes"]),
-        layers=layers,
-        priors=priors,
-        facts=_facts(manifest, "facts"),
-        batches=tuple(manifest["batches"]),
-        sizes=None if manifest.get("sizes") is None else Sizes(**manifest["sizes"]),
-        events=read_events(manifest),
-        retired=_facts(manifest, "retired"),
-        skipped=_facts(manifest, "skipped"),
-        compacted=manifest.get("compacted", 0),
-    )
+        session = restore_session(
+            model,
+            tokenizer,
+            moments,
+            settings,
+            prefixes=tuple(manifest["prefixes"]),
+            layers=layers,
+            priors=priors,
+            facts=_facts(manifest, "facts"),
+            batches=tuple(manifest["batches"]),
+            sizes=None if manifest.get("sizes") is None else Sizes(**manifest["sizes"]),
+            events=read_events(manifest),
+            retired=_facts(manifest, "retired"),
+            skipped=_facts(manifest, "skipped"),
+            compacted=manifest.get("compacted", 0),
+        )
+    except KeditError:
+        raise
+    except Exception as error:  # any of Orbax's layers can meet the damage, and arrays may not fit what is said of them
+        raise _damaged(version, [str(error) or type(error).__name__]) from error
     _check_priors({layer: editor.prior for layer, editor in session.editors.items()}, manifest["priors"], version)
     return session
 
@@ -316,7 +325,7 @@ def _is_complete(version: Path) -> bool:
         return True
     try:  # `ocp.is_orbax_checkpoint` is content with an empty folder
         return bool(ocp.checkpointables_metadata(version).custom_metadata)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever Orbax meets in files that anyone may have written
         return False
 
 
@@ -436,20 +445,49 @@ def _check_priors(priors: Mapping[int, solve.Prior], stored: dict[str, Any], fol
 def _read_manifest(version: Path) -> dict[str, Any]:
     if (version / files.SUMS).is_file():
         _check_undamaged(version, files.check_sums(version, only=_MANIFEST))
+    _check_undamaged(version, files.irregular(version))
     try:
+        json.loads((version / _MANIFEST).read_bytes())  # or Orbax would log all that it holds, escape sequences included
         manifest = ocp.checkpointables_metadata(version).custom_metadata
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(version, [str(error)]) from error
+    except Exception as error:  # whatever Orbax meets in files that anyone may have written
+        raise _damaged(version, [str(error) or type(error).__name__]) from error
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise SessionError(f"{str(version)!r} is an Orbax checkpoint, but no editing session")
+    if type(manifest["format"]) is not int or manifest["format"] < 1:
+        raise _damaged(version, [f"its format is {shown(manifest['format'])}; it must be a number from 1 to {FORMAT}"])
     if manifest["format"] > FORMAT:
         raise SessionError(
-            f"{str(version)!r} has session format {manifest['format']}, newer than {FORMAT}, the newest known here; "
+            f"{str(version)!r} has session format {shown(manifest['format'])}, newer than {FORMAT}, the newest known here; "
             "upgrade kedit-jax"
         )
     if manifest["format"] > 2 and not (version / files.SUMS).is_file():
         raise _damaged(version, [f"{files.SUMS} is missing"])
+    _check_undamaged(version, manifest_problems(manifest))
     return manifest
+
+
+def _check_sizes(version: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise before memory is allocated for more than a session of so many facts can hold: zeros compress to nothing."""
+    width, out = manifest["model"]["kernel"]
+    rows = width + sum(len(manifest.get(which, ())) for which in ("facts", "retired"))
+    stored = (ocp.checkpointables_metadata(version).metadata or {}).get("arrays")
+    leaves = jax.tree_util.tree_leaves_with_path(stored, is_leaf=lambda node: hasattr(node, "shape"))
+    if len(leaves) > 1 + 12 * len(manifest["priors"]):  # a layer has at most three arrays of each of three stacks
+        raise ValueError(f"it holds {len(leaves)} arrays, more than any session of its layers")
+    for path, leaf in leaves:
+        chunk = getattr(getattr(leaf, "storage_metadata", None), "chunk_shape", None) or ()
+        for shape in (getattr(leaf, "shape", None) or (), chunk):
+            if math.prod(shape) > rows * max(width, out):
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} has shape {shape}, more than {rows} rows of a kernel's width"
+                )
+
+
+def _check_finite(arrays: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        bad = np.size(leaf) - np.count_nonzero(np.isfinite(leaf))
+        if bad:
+            raise ValueError(f"{jax.tree_util.keystr(path)} has {bad} entries that are NaN or infinite")
 
 
 def _check_undamaged(version: Path, problems: list[str]) -> None:

@@ -1,6 +1,16 @@
 """What kedit_jax raises on bad input: each message names the offending value and the mend."""
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlist, _SHORT.maxtuple = 3, 300, 300, 20, 20
+
+
+def shown(value: Any) -> str:
+    """`repr` for messages about values that others wrote: short, and of any depth, where `repr` itself would recurse."""
+    return _SHORT.repr(value)
 
 
 class KeditError(ValueError):

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import platform
+import stat
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -54,7 +55,9 @@ def check_sums(folder: Path, only: str | None = None) -> list[str]:
         return [f"{SUMS} cannot be read: {error}"]
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
     present = _names(folder)
-    problems = []
+    problems = irregular(folder)
+    if problems:
+        return problems
     for name in sorted({*listed, *present}) if only is None else [only]:
         if name not in listed:
             problems.append(f"{name} is not in {SUMS}")
@@ -69,6 +72,12 @@ def check_sums(folder: Path, only: str | None = None) -> list[str]:
     return problems
 
 
+def irregular(folder: Path) -> list[str]:
+    """What in a folder is neither a file nor a folder: a link may lead anywhere, a device may have no end."""
+    odd = [path for path in folder.rglob("*") if not (path.is_dir() or path.is_file()) or path.is_symlink()]
+    return [f"{path.relative_to(folder).as_posix()} is a link or no regular file" for path in sorted(odd)]
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Be the one that writes in a folder, which is made if it is missing.
@@ -81,8 +90,12 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    # A folder may come from anyone: a lock that is a link would have another file emptied, a pipe would wait for ever.
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # there are none on Windows
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | careful, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode) or os.fstat(handle).st_nlink > 1:
+            raise OSError(errno.EINVAL, "the lock is no file of its own; delete it", str(folder / LOCK))
         try:
             _lock(handle)
         except BlockingIOError:

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import jax
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kedit_jax import hosts
 from kedit_jax.checkpoint import SessionLock, has_session, lock_session, read_manifest, save_session
@@ -41,6 +40,7 @@ from kedit_jax.cli.evaluating import evaluate_command
 from kedit_jax.cli.export import export
 from kedit_jax.cli.guarding import Guard, guard, read_bounds
 from kedit_jax.cli.machine import doctor, inspect
+from kedit_jax.cli.text import escape
 from kedit_jax.cli.verify import verify
 from kedit_jax.editing.moments import Moments, compute_moments, default_tokens, moments_path
 from kedit_jax.editing.presets import PRESETS, assigned, check_preset, derive_settings, overridden, read_settings

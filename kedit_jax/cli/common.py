@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kedit_jax import hosts
 from kedit_jax.checkpoint import load_session, read_manifest
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.moments import moments_path, read_moments
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
@@ -19,6 +19,8 @@ from kedit_jax.models import Decoder, load, make_mesh
 from kedit_jax.models.spread import DATA, MODEL
 
 console = Console()
+MAX_LINE = 2**24
+"""Characters of a document, which is held in memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ def lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank, read as they are asked for. Raises KeditError where it cannot be."""
     try:
         with path.open(encoding="utf-8") as file:
-            yield from (line for part in file for line in part.splitlines() if line.strip())
+            while part := file.readline(MAX_LINE + 1):
+                if len(part) > MAX_LINE:
+                    raise OSError(f"a line has more than {MAX_LINE:,} characters; write a document a line")
+                yield from (line for line in part.splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise KeditError(f"cannot read {str(path)!r}: {error}") from error
 

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kedit_jax import assets
 from kedit_jax.checkpoint import has_session, load_session, read_manifest, save_session
 from kedit_jax.cli import show
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.moments import Moments, compute_moments
 from kedit_jax.editing.packed import Sizes
 from kedit_jax.editing.requests import EditRequest

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from kedit_jax import hosts
 from kedit_jax.checkpoint import read_manifest
@@ -29,6 +28,7 @@ from kedit_jax.cli.common import (
 )
 from kedit_jax.cli.measured import Measured, ability_table, free_table
 from kedit_jax.cli.page import Course, Spoken, page
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.drift import key_drift
 from kedit_jax.editing.session import EditSession, equivalence_error
 from kedit_jax.errors import KeditError

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from kedit_jax.cli.common import Model, MomentsDir, Session, console, load_for, open_session
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
 from kedit_jax.export import FORMS, VLLM_RANKS, check_target, export_adapter, export_merged, plan_adapter, save_delta
@@ -89,10 +89,10 @@ def _check_options(form: str, **given: object) -> None:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Z]*)", text.strip().upper())
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match and len(text) < 100 else 0.0  # longer ones can be infinite
     if size < 1:
         raise KeditError(f"--shard {text!r} is no size; write it as 5GB, 500MB or 2GiB")
-    return size
+    return int(size)
 
 
 def _say(what: str, path: Path) -> None:

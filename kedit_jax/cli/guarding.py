@@ -1,5 +1,6 @@
 """What `kedit edit --guard` bounds, and the steps that it keeps or rolls back."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ def read_bounds(bounds: Sequence[str], texts: Path | None, every: int) -> dict[s
             asked[name] = float(number)
         except ValueError:
             problems.append(f"{bound!r} is no bound: write a name and a number, as norm=1")
+        else:
+            if math.isnan(asked[name]):
+                problems.append(f"{bound!r} bounds nothing, as every comparison with it fails: write a number, as norm=1")
     if ("perplexity" in asked) != (texts is not None):
         problems.append("perplexity needs --guard-texts, and nothing else does: held-out text, a document a line")
     if every > 1 and not bounds:

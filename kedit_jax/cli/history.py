@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from kedit_jax import hosts
 from kedit_jax.checkpoint import SessionLock, lock_session, newest_version, read_events, read_manifest, save_session
 from kedit_jax.cli import show
 from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, load_for, open_session
+from kedit_jax.cli.text import escape
 from kedit_jax.editing import algebra
 from kedit_jax.editing.session import EditSession
+from kedit_jax.editing.settings import EditSettings
 from kedit_jax.errors import KeditError
 
 Ids = Annotated[list[str], typer.Argument(help="ids of facts; see `kedit log`")]
@@ -32,12 +33,12 @@ def log(
     times = manifest.get("times", [""] * len(events))
     for line in show.log(events, times, texts, limit=None if every else 4):
         console.print(line, highlight=False, soft_wrap=True)
-    about, model = manifest["settings"], manifest["model"]
+    about, model = EditSettings.from_dict(manifest["settings"]), manifest["model"]
     compacted = manifest.get("compacted", 0)
     console.print(
         f"{len(manifest['facts'])} facts stand{f', {compacted} of them compacted' if compacted else ''}, written by "
-        f"{about['editor']} ({about['history']}) into layers {', '.join(map(str, about['layers']))} of model "
-        f"{model['fingerprint'][:12]} ({model['family']}, {model['dtype']})",
+        f"{escape(about.editor)} ({escape(about.history)}) into layers {', '.join(map(str, about.layers))} of model "
+        + escape(f"{model['fingerprint'][:12]} ({model['family']}, {model['dtype']})"),
         highlight=False,
     )
 

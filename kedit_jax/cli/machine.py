@@ -16,11 +16,11 @@ import numpy as np
 import typer
 from jax.sharding import AbstractMesh
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from kedit_jax import solve
 from kedit_jax.cli.common import console, parse_layers, parse_mesh
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.budget import device_bytes, memory_items, total
 from kedit_jax.editing.presets import PRESETS, derive_settings, read_settings
 from kedit_jax.editing.session import check_editable
@@ -73,8 +73,8 @@ def inspect(
         soft_wrap=True,
     )
     console.print(
-        f"edited: layers {', '.join(map(str, chosen.layers))} ({origin}), kernels [{config.d_ff}, {config.d_model}] at "
-        f"{escape(down_kernel_address(chosen.layers[0]))} and so on",
+        f"edited: layers {', '.join(map(str, chosen.layers))} ({escape(origin)}), kernels "
+        f"[{config.d_ff}, {config.d_model}] at {escape(down_kernel_address(chosen.layers[0]))} and so on",
         highlight=False,
         soft_wrap=True,
     )

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from kedit_jax.cli.text import escape
 from kedit_jax.evaluation import AbilityScore, Evaluation, FreeAnswers, FreeText
 
 _ALL = "of prompts with every token of the right object the likeliest"
@@ -62,7 +62,7 @@ def free_table(rows: Mapping[str, Measured]) -> Table:
         free = [_cell(None if row.free is None else getattr(row.free, kind)) for kind in kinds]
         begins = [_cell(None if row.free is None else getattr(row.free, f"{kind}_begins")) for kind in kinds]
         text = [_cell(None if row.text is None else getattr(row.text, key)) for key in ("fluency", "consistency")]
-        made.add_row(name, *free, *text)
+        made.add_row(escape(name), *free, *text)
         if row.free is not None:
             made.add_row("  begins with it", *begins, "", "")
     return made

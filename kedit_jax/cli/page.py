@@ -4,7 +4,6 @@ Everything that a fact, a prompt or a file name says is escaped; numbers carry t
 is well-formed XML as well, so that it can be read by a program.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kedit_jax.cli import charts
 from kedit_jax.cli.measured import MEASURES, Measured
+from kedit_jax.cli.text import plain
 from kedit_jax.editing.drift import Drift
 from kedit_jax.editing.session import EditSession, Event
 from kedit_jax.evaluation import Said
@@ -21,7 +21,6 @@ from kedit_jax.verification import BatchScores, Check, Norms
 EVENTS, FACTS, LISTED = 40, 100, 6
 """Shown of a session's steps, of facts that left, and of a step's facts; what is not shown is counted."""
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1c1e21; --soft: #5d6470; --line: #dcdfe4;
   --good: #00704f; --bad: #b3400d; --s0: #9aa1ac; --s1: #0069b4; --s2: #c65200; --s3: #00805e; --s4: #a8489a; --s5: #8a6d00 }
@@ -397,4 +396,4 @@ def _more(count: int, shown: int, what: str) -> str:
 
 def _text(text: str) -> str:
     """Escaped; characters that no page may hold show as a replacement character."""
-    return escape(_CONTROL.sub("\ufffd", text))
+    return escape(plain(text))

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kedit_jax.cli.text import escape
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.session import EditSession, Event
 from kedit_jax.errors import KeditError
@@ -47,11 +47,11 @@ def log(events: Sequence[Event], times: Sequence[str], texts: Mapping[str, str],
         left = {name: known.get(name, "") for name in (*event.replaced, *(event.ids if event.kind == "retract" else ()))}
         known |= dict(zip(event.ids, event.texts, strict=False))
         came = {name: known.get(name, "") for name in event.ids} if event.kind not in ("retract", "compact", "undo") else {}
-        what = f"undo of step {event.undoes}" if event.kind == "undo" else event.kind
+        what = f"undo of step {event.undoes}" if event.kind == "undo" else escape(event.kind)
         marks = (("[green]+[/]", came), ("[red]-[/]", left), ("[yellow]~[/]", dict.fromkeys(event.skipped, "skipped")))
         steps.append(
             [
-                f"[bold]step {number}[/]  {what}  [dim]{time.replace('T', ' ')}[/]  {_counted(event)}",
+                f"[bold]step {number}[/]  {what}  [dim]{escape(time.replace('T', ' '))}[/]  {_counted(event)}",
                 *([f"    {escape(event.reason)}"] if event.reason else []),
                 *(line for mark, facts in marks if event.kind != "undo" for line in _shown(mark, facts, limit)),
             ]

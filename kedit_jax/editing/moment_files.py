@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from kedit_jax import files, hosts
-from kedit_jax.errors import KeditError
+from kedit_jax.errors import KeditError, shown
 
 FORMAT = 3
 """2 added sums and errors; in files without a format each layer's array is C0, and they are read as they were. 3 added the
@@ -208,14 +208,14 @@ def stored_prefixes(cache: Path, work: Work, most: int | float) -> tuple[dict[st
     for path in sorted([*cache.glob("moments-*.safetensors"), *cache.glob("partial-*.safetensors")]):
         with _damage_named(path):
             about, _ = _read(path, only_about=True)
-        if (about["model"], about["layers"], about["dtype"]) != (work.model, list(work.layers), work.dtype):
-            continue
-        done = about["sums"] or {"tokens": 0}
-        if 0 < done["tokens"] <= most and done["batch_tokens"] == work.batch_tokens:
-            prefixes[done["corpus"]] = path
-            furthest = max(furthest, done["tokens"])
-        if about["tokens"] <= most:
-            furthest = max(furthest, about["tokens"])
+            if (about["model"], about["layers"], about["dtype"]) != (work.model, list(work.layers), work.dtype):
+                continue
+            done = about["sums"] or {"tokens": 0}
+            if 0 < done["tokens"] <= most and done["batch_tokens"] == work.batch_tokens:
+                prefixes[done["corpus"]] = path
+                furthest = max(furthest, done["tokens"])
+            if about["tokens"] <= most:
+                furthest = max(furthest, about["tokens"])
     return prefixes, furthest
 
 
@@ -277,7 +277,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise KeditError(f"no moments at {str(path)!r}; compute them with `kedit stats`") from error
-    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise KeditError(f"stored moments {str(path)!r} are damaged ({error}); delete the file to recompute") from error
 
 
@@ -297,7 +297,32 @@ def _read(path: Path, *, only_about: bool = False) -> tuple[dict[str, Any], dict
         arrays = {} if only_about else {name: file.get_tensor(name) for name in names}
         if not only_about and about["arrays"] != _digest(arrays):
             raise ValueError("its numbers are not those that were written")
+        _check_about(read, arrays)
         return read, arrays
+
+
+def _check_about(read: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a ValueError where a file says what none does, or holds arrays of other shapes than moments have."""
+    layers, tokens, errors, done = read["layers"], read["tokens"], read["errors"], read["sums"]
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"its layers are {shown(layers)}")
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError(f"its tokens are {shown(tokens)}")
+    if errors is not None and not (isinstance(errors, list) and all(type(error) is float for error in errors)):
+        raise ValueError(f"its errors are {shown(errors)}")
+    if done is not None:
+        numbers = ("blocks", "tokens", "batch_tokens")
+        if not isinstance(done, dict) or any(type(done.get(name)) is not int or done[name] < 0 for name in numbers):
+            raise ValueError(f"its sums are {shown(done)}")
+        if any(not isinstance(done.get(name), str) for name in ("corpus", "first")):
+            raise ValueError(f"its sums are of the corpus {shown(done.get('corpus'))}")
+        squares = done.get("squares")
+        if not isinstance(squares, list) or not all(type(square) is float for square in squares):
+            raise ValueError(f"its squares are {shown(squares)}")
+    for name, array in arrays.items():
+        square = (array.shape[0],) * (1 if name.endswith("diagonal") else 2) if array.ndim else ()
+        if array.dtype != np.float64 or not array.size or array.shape != square:
+            raise ValueError(f"its array {name!r} is {array.dtype} of shape {array.shape}")
 
 
 def _about_digest(about: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ what a file of EasyEdit says that has no counterpart here is listed, never silen
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import yaml
 
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.values import ValueSettings
-from kedit_jax.errors import KeditError
+from kedit_jax.errors import KeditError, shown
 from kedit_jax.models import ModelConfig
 
 
@@ -38,6 +39,9 @@ class Preset:
     d_ff: int
     source: str
 
+
+MAX_SETTINGS = 2**16
+"""Bytes of a file of settings; EasyEdit's have some 600. PyYAML reads 40 KB in a second."""
 
 _MEMIT, _ALPHAEDIT = "MEMIT (arXiv 2210.07229)", "AlphaEdit (arXiv 2410.02355)"
 _EASYEDIT = "EasyEdit (arXiv 2308.07269), hparams/MEMIT"
@@ -138,9 +142,9 @@ def assigned(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         try:
-            changes[name.strip()] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise KeditError(f"{text!r} has no value that can be read: {error}") from error
+            changes[name.strip()] = _number(_yaml(value))
+        except Exception as error:  # PyYAML's constructors raise whatever they meet
+            raise KeditError(f"{text!r:.200} has no value that can be read: {error}") from error
         if not (name.strip() and equals):
             raise KeditError(f"{text!r} is no setting; write it as NAME=VALUE, as values.learning_rate=0.1")
     return changes
@@ -166,19 +170,39 @@ def read_settings(path: str | Path) -> ReadSettings:
         KeditError: a file that cannot be read, or settings that cannot be used: all problems at once.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        stored = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_SETTINGS + 1)
+        if len(text) > MAX_SETTINGS:
+            raise ValueError(f"it has more than {MAX_SETTINGS:,} bytes")
+        stored = _number(_parsed(text.decode("utf-8-sig")))
+    except Exception as error:  # PyYAML's constructors raise whatever they meet: `!!timestamp x` an AttributeError
         raise KeditError(f"{str(path)!r} is no YAML or JSON file of settings: {error}") from error
     if not isinstance(stored, dict):
         raise KeditError(f"{str(path)!r} holds {type(stored).__name__}, not names and values of settings")
-    stored = {str(name): _number(value) for name, value in stored.items()}
+    stored = {str(name): value for name, value in stored.items()}
     try:
         return _from_easyedit(stored) if "alg_name" in stored else ReadSettings(EditSettings.from_dict(_plain(stored)), {})
     except KeditError as error:
         raise KeditError(f"{str(path)!r}: {error}") from error
     except TypeError as error:
         raise KeditError(f"{str(path)!r}: a setting has the wrong type: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: nine lines of them can stand for a billion values, and no settings need any."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*){self.peek_event().start_mark}; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text) if text.lstrip().startswith("{") else _yaml(text)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader, which makes plain values alone
 
 
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -202,7 +226,12 @@ def _plain(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # which the settings refuse by name
 
 
 _VALUE_NAMES = {
@@ -226,12 +255,14 @@ def _from_easyedit(stored: Mapping[str, Any]) -> ReadSettings:
     """Settings from EasyEdit's names. Source: the hparams folder of github.com/zjunlp/EasyEdit."""
     algorithm = stored["alg_name"]
     problems = []
-    if algorithm not in _PRIOR_NAMES:
-        problems.append(f"alg_name {algorithm!r} is not one of {', '.join(_PRIOR_NAMES)}")
+    if not isinstance(algorithm, str) or algorithm not in _PRIOR_NAMES:
+        problems.append(f"alg_name {shown(algorithm)} is not one of {', '.join(_PRIOR_NAMES)}")
     if "layers" not in stored:
         problems.append("layers are missing")
+    elif not isinstance(stored["layers"], list):
+        problems.append(f"layers is {shown(stored['layers'])}; it must be a list of whole numbers")
     problems += [
-        f"{name} {stored[name]!r} is not supported, only {only!r}"
+        f"{name} {shown(stored[name])} is not supported, only {only!r}"
         for name, only in _FIXED.items()
         if name in stored and stored[name] != only
     ]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kedit_jax.errors import RequestError
+from kedit_jax.errors import RequestError, shown
 
 SLOT = "{}"
 
@@ -38,7 +38,7 @@ class EditRequest:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        problems = _problems(asdict(self))
+        problems = request_problems(asdict(self))
         if problems:
             raise RequestError.listing(f"unusable edit request {self.id or self.subject!r}:", problems)
 
@@ -57,9 +57,9 @@ REQUIRED = ("prompt", "subject", "target")
 KNOWN = tuple(field.name for field in fields(EditRequest))
 
 
-def _problems(record: Mapping[str, Any]) -> list[str]:
+def request_problems(record: Mapping[str, Any]) -> list[str]:
     """Everything wrong with the raw fields of one request, each with its mend."""
-    problems = [f"unknown field {name!r}; known are {', '.join(KNOWN)}" for name in record if name not in KNOWN]
+    problems = [f"unknown field {shown(name)}; known are {', '.join(KNOWN)}" for name in record if name not in KNOWN]
     for name in KNOWN:
         value = record.get(name)
         if value is None:
@@ -67,14 +67,25 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{name!r} is missing")
         elif name == "weight":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-                problems.append(f"weight {value!r} must be a number > 0; leave a fact out to give it no weight")
+                problems.append(f"weight {shown(value)} must be a number > 0; leave a fact out to give it no weight")
         elif not isinstance(value, str):
-            problems.append(f"{name!r} must be text, not {value!r}")
+            problems.append(f"{name!r} must be text, not {shown(value)}")
+        elif not encodable(value):
+            problems.append(f"{name!r} {value!r:.60} holds half a character (a lone surrogate); write it as UTF-8")
         elif name in REQUIRED and not value.strip():
             problems.append(f"{name!r} is empty")
         elif name == "prompt" and value.count(SLOT) != 1:
             problems.append(f"prompt {value!r} has {value.count(SLOT)} slots; put exactly one {SLOT} at the subject")
     return problems
+
+
+def encodable(text: str) -> bool:
+    """Whether it can be written at all: JSON may hold halves of characters, which UTF-8 does not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_unique_ids(requests: Sequence[EditRequest], taken: Iterable[str] = ()) -> None:
@@ -104,9 +115,9 @@ def parse_requests(records: Iterable[tuple[str, Any]], source: str) -> list[Edit
         if isinstance(record, Exception):
             found = [f"not valid JSON ({record})"]
         elif not isinstance(record, Mapping):
-            found = [f"must be an object with {', '.join(REQUIRED)}, not {record!r:.60}"]
+            found = [f"must be an object with {', '.join(REQUIRED)}, not {shown(record):.60}"]
         else:
-            found = _problems(record)
+            found = request_problems(record)
             name = record.get("id")
             if isinstance(name, str) and name in first_seen:
                 found.append(f"id {name!r} is already used at {first_seen[name]}; give every fact its own")

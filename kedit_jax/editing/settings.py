@@ -1,6 +1,7 @@
 """How to edit: one frozen record, the editors it can name, and the values published for known checkpoints."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from jaxtyping import Float
 
 from kedit_jax import solve
 from kedit_jax.editing.values import ValueSettings
-from kedit_jax.errors import KeditError
+from kedit_jax.errors import KeditError, shown
 from kedit_jax.solve.postprocess import Post, parse_post
 from kedit_jax.solve.sequences import MODES, Mode
 
@@ -21,6 +22,16 @@ POLICIES = ("keep", "latest", "first", "merge", "reject")
 """What may be done about facts that contradict each other; `kedit_jax.editing.conflicts` says how."""
 
 COMPUTE_DTYPES = (None, "bfloat16", "float16", "float32", "float64")
+
+MOST: Mapping[str, int] = {
+    "prefixes": 10_000,
+    "prefix_tokens": 10_000,
+    "micro_batch": 2**31 - 1,
+    "null_rank": 2**31 - 1,
+    "seed": 2**63 - 1,
+    "values.steps": 1_000_000,
+}
+"""Beyond these a file of settings is broken, or meant to keep a machine busy."""
 
 UNCOMPENSATED = ("unaligned", "latest-simplified")
 """Histories without a solution of their own that a step's post-processing error could be measured against."""
@@ -132,7 +143,7 @@ class EditSettings:
     def _unusable_numbers(self) -> list[str]:
         problems = []
         if not self.layers or any(type(layer) is not int for layer in self.layers):
-            problems.append(f"layers {list(self.layers)} must be whole numbers, at least one")
+            problems.append(f"layers {shown(list(self.layers))} must be whole numbers, at least one")
         chosen = [name for name in ("null_threshold", "null_relative", "null_rank") if getattr(self, name) is not None]
         if len(chosen) > 1:
             problems.append(f"{' and '.join(chosen)} are given; a null space takes one of them")
@@ -145,6 +156,13 @@ class EditSettings:
         least_zero |= {"noise": 0.0 if self.noise is None else self.noise}
         least_zero |= {f"values.{name}": getattr(self.values, name) for name in ("kl_factor", "decay")}
         problems += [f"{name} is {value}; it must not be negative" for name, value in least_zero.items() if not value >= 0]
+        values = {f"values.{item.name}": getattr(self.values, item.name) for item in dataclasses.fields(ValueSettings)}
+        every = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)} | values
+        problems += [f"{name} is {shown(every[name])}; it must be at most {most}" for name, most in MOST.items()
+                     if every[name] is not None and every[name] > most]  # fmt: skip
+        if self.seed < -MOST["seed"]:
+            problems.append(f"seed is {shown(self.seed)}; it must be at least {-MOST['seed']}")
+        problems += [f"{name} is {value}; it must be finite" for name, value in every.items() if value == math.inf]
         if self.similarity is not None and not 0 < self.similarity <= 1:
             problems.append(f"similarity is {self.similarity}; a cosine threshold lies in (0, 1], as 0.9")
         return problems
@@ -157,15 +175,20 @@ class EditSettings:
     def from_dict(cls, stored: Mapping[str, Any]) -> "EditSettings":
         """Settings from plain values; an unknown name is an error rather than ignored."""
         if not isinstance(stored, Mapping) or not isinstance(stored.get("values", {}), Mapping):
-            raise KeditError(f"settings must be an object of names and values (and `values` within it), not {stored!r:.60}")
+            raise KeditError(
+                f"settings must be an object of names and values (and `values` within it), not {shown(stored):.60}"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         known |= {f"values.{f.name}" for f in dataclasses.fields(ValueSettings)}
-        unknown = sorted({*stored, *(f"values.{name}" for name in stored.get("values", ()))} - known)
+        unknown = sorted({*map(str, stored), *(f"values.{name}" for name in stored.get("values", ()))} - known)
         if unknown:
-            raise KeditError(f"unknown settings {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+            raise KeditError(f"unknown settings {', '.join(unknown):.300}; there are {', '.join(sorted(known))}")
         if "layers" not in stored:
             raise KeditError("settings without layers; name the blocks to edit")
-        problems = [*_wrong_types(cls, stored), *_wrong_types(ValueSettings, stored.get("values", {}), "values.")]
+        layers, problems = stored["layers"], []
+        if not isinstance(layers, list | tuple) or any(type(layer) is not int for layer in layers):
+            problems.append(f"layers is {shown(layers)}, which has the wrong type; it must be a list of whole numbers")
+        problems += [*_wrong_types(cls, stored), *_wrong_types(ValueSettings, stored.get("values", {}), "values.")]
         if problems:
             raise KeditError.listing("unusable settings:", problems)
         changes = dict(stored)
@@ -188,7 +211,7 @@ def _wrong_types(declaring: type[Any], stored: Mapping[str, Any], prefix: str = 
         if not kinds or (value is None and type(None) in options):
             continue
         if not isinstance(value, accepted[kinds[0]]) or (isinstance(value, bool) and kinds[0] is not bool):
-            problems.append(f"{prefix}{item.name} is {value!r}; it must be {names[kinds[0]]}")
+            problems.append(f"{prefix}{item.name} is {shown(value)}; it must be {names[kinds[0]]}")
     return problems
 
 

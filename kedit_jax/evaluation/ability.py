@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kedit_jax import assets
-from kedit_jax.errors import KeditError
+from kedit_jax.errors import KeditError, shown
 from kedit_jax.evaluation.datasets.files import raw_records
 from kedit_jax.evaluation.datasets.reading import parse_records
 from kedit_jax.evaluation.packing import BATCH_TOKENS
@@ -321,6 +321,8 @@ def _recognised(raws: Sequence[Mapping[str, Any]], path: str) -> str | None:
     if "sentence1" in first:
         if isinstance(first.get("label"), str):
             return "nli"
+        if "sentence2" not in first:
+            return "rte"  # or MRPC: what is missing is said of either
         alike = _share(raws, lambda raw: len(raw["sentence1"]) < 2 * len(raw["sentence2"]))
         if not 0.3 < alike < 0.7:
             return "mrpc" if alike > 0.5 else "rte"
@@ -342,12 +344,12 @@ def _own(raw: Mapping[str, Any]) -> Question | str:
     """A question in the common form, or what is wrong with it."""
     context, choices, gold = raw.get("context"), raw.get("choices", []), raw.get("gold")
     if not isinstance(context, str) or not context.strip():
-        return f"context is {context!r:.60}; give a text"
+        return f"context is {shown(context):.60}; give a text"
     wrong = _choices_problem(choices)
     if wrong:
         return wrong
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        return f"gold is {gold!r:.60}; give the position of the right choice, 0 to {len(choices) - 1}"
+        return f"gold is {shown(gold):.60}; give the position of the right choice, 0 to {len(choices) - 1}"
     return Question(context, tuple(choices), gold)
 
 
@@ -366,18 +368,19 @@ def _published(raw: Mapping[str, Any], form: Form) -> Question | str:
             if wrong:
                 return wrong
         elif not isinstance(value, str) or not value.strip():
-            return f"{name} is {value!r:.60}; give a text"
+            return f"{name} is {shown(value):.60}; give a text"
         else:
             words[name] = value.strip()
     gold = raw[label]
     if isinstance(gold, bool | float | list | dict) or gold not in form.gold:
-        return f"{label} is {gold!r:.60}; give one of {', '.join(map(repr, form.gold))}"
-    context = form.prompt.format(*(str(choice).strip() for choice in raw.get("choices", ())), **words)
+        return f"{label} is {shown(gold):.60}; give one of {', '.join(map(repr, form.gold))}"
+    choices = raw["choices"] if "choices" in texts else ()
+    context = form.prompt.format(*(choice.strip() for choice in choices), **words)
     return Question(context, form.choices, form.gold[gold])
 
 
 def _choices_problem(choices: Any) -> str | None:
     if not isinstance(choices, list) or len(choices) < 2:
-        return f"choices is {choices!r:.60}; give a list of two or more texts"
+        return f"choices is {shown(choices):.60}; give a list of two or more texts"
     empty = [choice for choice in choices if not isinstance(choice, str) or not choice.strip()]
-    return f"choices hold {empty[0]!r:.60}; give texts" if empty else None
+    return f"choices hold {shown(empty[0]):.60}; give texts" if empty else None

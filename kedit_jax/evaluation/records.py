@@ -107,8 +107,9 @@ class Record:
             additions["subject_proposed"] = True
         if self.weight != 1:
             additions["weight"] = self.weight
+        known = {*additions, "subject_proposed", "weight", *FACT_LISTS}  # another schema's record may have these, unread
         return {
-            **self.extra,
+            **{name: value for name, value in self.extra.items() if name not in known},
             "case_id": self.case_id,
             "pararel_idx": self.pararel_idx,
             "requested_rewrite": rewrite,

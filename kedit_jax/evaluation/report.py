@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from kedit_jax.errors import KeditError
@@ -112,7 +113,7 @@ def table(rows: Mapping[str, Evaluation], *, title: str | None = None) -> Table:
         made.add_column(heading, justify="right", no_wrap=True)
     for name in [UNEDITED, *(name for name in rows if name != UNEDITED)]:
         cells = [["" if key is None else _cell(getattr(rows[name], key)) for key in keys] for keys in COLUMNS.values()]
-        for line, label in enumerate((name, "  exact match")):
+        for line, label in enumerate((escape(name), "  exact match")):
             made.add_row(label, *(cell[line] for cell in cells))
     return made
 

@@ -80,15 +80,15 @@ def load_delta(path: str | os.PathLike[str], model: Decoder | None = None) -> Mo
         if about["arrays"] != _digest(arrays):
             raise ValueError("its numbers are not those that were written")
         updates = {address: _update(address, arrays) for address in json.loads(about["addresses"])}
-        np.dtype(about["dtype"])  # or a TypeError
+        model_dtype, of_model = str(np.dtype(about["dtype"])), about["model"]  # or a TypeError, or a KeyError
         config = config_from_json(json.loads(about["config"]), f"the configuration in {path}")
     except FileNotFoundError as error:
         raise ExportError(f"there is no file {path}") from error
     except ExportError:
         raise
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} is no delta that `save_delta` wrote, or is damaged: {error}") from error
-    loaded = ModelDelta(EditDelta(updates), config, about["model"], about["dtype"])
+    loaded = ModelDelta(EditDelta(updates), config, of_model, model_dtype)
     if model is not None:
         loaded.check(model)
     return loaded

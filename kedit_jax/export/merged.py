@@ -233,9 +233,19 @@ def _beside(directory: Path | None) -> list[Path]:
     if directory is None:
         return []
     found = {path for pattern in BESIDE for path in directory.glob(pattern)}
-    return sorted(
-        path for path in found if path.is_file() and not path.name.endswith(".index.json") and path.name != MANIFEST
-    )
+    kept = (path for path in found if not path.name.endswith(".index.json") and path.name != MANIFEST)
+    return sorted(path for path in kept if path.is_file() and _leads_within(path, directory))
+
+
+def _leads_within(path: Path, directory: Path) -> bool:
+    """Whether a file is the checkpoint's own: a link to another place would have a private file published with the export.
+
+    A snapshot of the hub's cache is made of links to `blobs`, two folders above it.
+    """
+    homes = [directory.resolve()]
+    if homes[0].parent.name == "snapshots":
+        homes.append(homes[0].parent.parent / "blobs")
+    return any(path.resolve().is_relative_to(home) for home in homes)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -133,7 +133,7 @@ def _read_manifest(folder: Path) -> tuple[str | None, set[str]]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"].rpartition(" ")[0] == _KIND:
             return str(manifest["form"]), {MANIFEST, *map(str, manifest["files"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None, set()
 

@@ -86,7 +86,7 @@ def read_content(path: Path) -> Content:
         begin = 8 + len(header)
         ordered = sorted(fields.items(), key=lambda item: item[1]["data_offsets"])
         return Content(tuple(_stored(path, begin, name, about) for name, about in ordered), metadata, header)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 

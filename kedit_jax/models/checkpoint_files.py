@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +14,14 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from kedit_jax.errors import CheckpointError
+from kedit_jax.errors import CheckpointError, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+MAX_JSON = 2**26
+"""Bytes of a JSON file; the index of a model of 100,000 tensors has 10 MB."""
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 STORED_DTYPES: Mapping[str, np.dtype] = MappingProxyType(
@@ -178,7 +182,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error})") from error
     header.pop("__metadata__", None)
     return {
@@ -190,10 +194,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds, or a CheckpointError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a device has no end, and a pipe may have no writer
+            raise ValueError("it is no regular file")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_JSON:
+                raise ValueError(f"it has more than {MAX_JSON:,} bytes")
+            text = file.read()
+        content = json.loads(text.decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} holds no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of numbers with thousands of digits, too
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -203,7 +213,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def _held(directory: Path, file: str, promised: set[str] | None) -> dict[str, StoredTensor]:
     if Path(file).name != file:
         raise CheckpointError(f"{file}: shards must lie beside the index")
-    if not (directory / file).is_file():
+    try:
+        there = (directory / file).is_file()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(file)} is no name of a file: {error}") from error
+    if not there:
         raise CheckpointError(
             f"{file} does not exist, but {INDEX_FILE} places {len(promised or ())} tensors in it: download it again"
         )

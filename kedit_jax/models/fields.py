@@ -6,11 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from kedit_jax.errors import CheckpointError
+from kedit_jax.errors import CheckpointError, shown
 from kedit_jax.models.config import Activation
 
 T = TypeVar("T")
 _REQUIRED: Any = object()
+
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+"""Of any whole number, as arrays are indexed with 32 bits, and of layers, of which lists are made before any weight is seen.
+A file that asks for more is broken or meant to exhaust the memory."""
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -36,22 +40,32 @@ class Fields:
         self._source = source
         self._problems: list[str] = []
 
-    def integer(self, name: str, default: int = _REQUIRED, *, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int = _REQUIRED, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self._value(name, default)
         if value is _REQUIRED:
             return 1
         if type(value) is not int or value < minimum:
-            self.problem(f"{name} is {value!r}: it must be an integer of at least {minimum}")
+            self.problem(f"{name} is {shown(value)}: it must be an integer of at least {minimum}")
+            return 1
+        if value > maximum:
+            self.problem(f"{name} is {shown(value)}: it must be an integer of at most {maximum}")
             return 1
         return value
 
-    def number(self, name: str, default: float = _REQUIRED) -> float:
+    def layers(self, name: str) -> int:
+        """How many blocks there are."""
+        return self.integer(name, maximum=MAX_LAYERS)
+
+    def number(self, name: str, default: float = _REQUIRED, *, maximum: float = sys.float_info.max) -> float:
         """A positive number."""
         value = self._value(name, default)
         if value is _REQUIRED:
             return 1.0
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:  # integers may be larger
-            self.problem(f"{name} is {value!r}: it must be a positive number")
+            self.problem(f"{name} is {shown(value)}: it must be a positive number")
+            return 1.0
+        if value > maximum:
+            self.problem(f"{name} is {shown(value)}: it must be at most {maximum:g}")
             return 1.0
         return float(value)
 
@@ -75,7 +89,7 @@ class Fields:
         if not isinstance(value, list) or not all(
             type(one) in (int, float) and 0 < one <= sys.float_info.max for one in value
         ):
-            self.problem(f"{name} is {value!r}: it must be a list of positive numbers")
+            self.problem(f"{name} is {shown(value)}: it must be a list of positive numbers")
             return ()
         return tuple(float(one) for one in value)
 
@@ -84,7 +98,7 @@ class Fields:
         if value is _REQUIRED:
             return False
         if type(value) is not bool:
-            self.problem(f"{name} is {value!r}: it must be true or false")
+            self.problem(f"{name} is {shown(value)}: it must be true or false")
             return False
         return value
 
@@ -93,7 +107,7 @@ class Fields:
         if isinstance(value, str) and value in choices:  # a list or an object has no hash to look it up by
             return choices[value]
         if value is not _REQUIRED:
-            self.problem(f"{name} is {value!r}: supported are {', '.join(choices)}")
+            self.problem(f"{name} is {shown(value)}: supported are {', '.join(choices)}")
         return next(iter(choices.values()))
 
     def choices(self, name: str, choices: Mapping[str, T], default: Sequence[T]) -> tuple[T, ...]:
@@ -102,7 +116,7 @@ class Fields:
         if value is None:
             return tuple(default)
         if not isinstance(value, list) or any(not isinstance(one, str) or one not in choices for one in value):
-            self.problem(f"{name} is {value!r}: it must be a list of {' and '.join(choices)}")
+            self.problem(f"{name} is {shown(value)}: it must be a list of {' and '.join(choices)}")
             return tuple(default)
         if len(value) != len(default):
             self.problem(f"{name} has {len(value)} entries: there must be {len(default)}")
@@ -119,8 +133,8 @@ class Fields:
         """None, one id or several; -1 means none, as in some old files."""
         value = self._raw.get(name)
         ids = value if isinstance(value, list) else [value]
-        if not all(one is None or (type(one) is int and one >= -1) for one in ids):
-            self.problem(f"{name} is {value!r}: it must be a token id or null")
+        if not all(one is None or (type(one) is int and -1 <= one <= MAX_SIZE) for one in ids):
+            self.problem(f"{name} is {shown(value)}: it must be a token id or null")
             return ()
         return tuple(one for one in ids if one is not None and one >= 0)
 
@@ -130,7 +144,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            self.problem(f"{name} is {value!r}: it must be an object")
+            self.problem(f"{name} is {shown(value)}: it must be an object")
             return None
         nested = Fields(value, f"{self._source}: {name}")
         nested._problems = self._problems
@@ -144,13 +158,13 @@ class Fields:
         value = self._raw.get(name)
         if value is not None and value not in allowed:
             expected = " or ".join(repr(one) for one in allowed) or "absent"
-            self.problem(f"{name} is {value!r}, but only {expected} is supported: {why}")
+            self.problem(f"{name} is {shown(value)}, but only {expected} is supported: {why}")
 
     def must_be_all(self, name: str, allowed: Any, *, why: str) -> None:
         """`must_be` for every entry of a list."""
         value = self._raw.get(name)
         if value is not None and (not isinstance(value, list) or any(one != allowed for one in value)):
-            self.problem(f"{name} is {value!r}, but only {allowed!r} throughout is supported: {why}")
+            self.problem(f"{name} is {shown(value)}, but only {allowed!r} throughout is supported: {why}")
 
     def problem(self, message: str) -> None:
         if message not in self._problems:  # a field may be read twice

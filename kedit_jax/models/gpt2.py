@@ -21,7 +21,7 @@ def read_config(fields: Fields) -> ModelConfig:
     return ModelConfig(
         family="gpt2",
         vocab_size=fields.integer("vocab_size"),
-        n_layers=fields.integer("n_layer"),
+        n_layers=fields.layers("n_layer"),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_heads,

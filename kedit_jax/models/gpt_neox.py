@@ -22,7 +22,7 @@ def read_config(fields: Fields) -> ModelConfig:
     return ModelConfig(
         family="gpt_neox",
         vocab_size=fields.integer("vocab_size"),
-        n_layers=fields.integer("num_hidden_layers"),
+        n_layers=fields.layers("num_hidden_layers"),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_heads,
@@ -47,9 +47,9 @@ def read_rotary(fields: Fields, head_dim: int) -> RotaryConfig:
     """Before transformers 5 this family had names of its own, `rotary_emb_base` and `rotary_pct`."""
     rope = rope_section(fields)
     if rope.has("partial_rotary_factor"):
-        share = rope.number("partial_rotary_factor")
+        share = rope.number("partial_rotary_factor", maximum=1.0)
     else:
-        share = fields.number("rotary_pct", _ROTATED_SHARE)
+        share = fields.number("rotary_pct", _ROTATED_SHARE, maximum=1.0)
     return rotary_of(fields, rope, int(head_dim * share), theta_field="rotary_emb_base")
 
 

@@ -53,7 +53,7 @@ def read_gated(
     return ModelConfig(
         family=family,
         vocab_size=fields.integer("vocab_size"),
-        n_layers=fields.integer("num_hidden_layers"),
+        n_layers=fields.layers("num_hidden_layers"),
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=fields.integer("num_key_value_heads", n_heads),

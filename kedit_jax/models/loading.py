@@ -99,7 +99,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     directory = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BaseException as error:  # tokenizers raises Exception itself; a panic of its Rust code is not even one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{directory} holds no tokenizer that transformers can open: {error}") from error
     if not tokenizer.is_fast:
         raise CheckpointError(

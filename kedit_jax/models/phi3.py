@@ -27,7 +27,7 @@ def read_rotary(fields: Fields, head_dim: int) -> RotaryConfig:
     rope = rope_section(fields)
     long_rope = rope_type(rope, _ROPE_TYPES) == "longrope"
     theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta", 10000.0)
-    share = (rope if rope.has("partial_rotary_factor") else fields).number("partial_rotary_factor", 1.0)
+    share = (rope if rope.has("partial_rotary_factor") else fields).number("partial_rotary_factor", 1.0, maximum=1.0)
     original = fields.integer("original_max_position_embeddings", _ORIGINAL_POSITIONS, minimum=2)
     return RotaryConfig(int(head_dim * share), theta, scaling=_read_long_rope(fields, rope, original) if long_rope else None)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kedit_jax.errors import CheckpointError, KeditError
+from kedit_jax.errors import CheckpointError, KeditError, shown
 from kedit_jax.models.config import ModelConfig
 from kedit_jax.models.family import Family
 from kedit_jax.models.fields import Fields
@@ -34,10 +34,12 @@ def config_from_json(raw: Mapping[str, Any], source: str = "config.json") -> Mod
     Raises:
       CheckpointError: an unknown `model_type`, or everything that is missing, malformed or not implemented.
     """
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{source}: it is {shown(raw)}, not an object")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{source}: model_type is {model_type!r}{_what_it_is(raw)}; supported are {', '.join(sorted(FAMILIES))}"
+            f"{source}: model_type is {shown(model_type)}{_what_it_is(raw)}; supported are {', '.join(sorted(FAMILIES))}"
         )
     fields = Fields(raw, source)
     for name in ("quantization_config", "compression_config"):
@@ -64,10 +66,9 @@ def _what_it_is(raw: Mapping[str, Any]) -> str:
     """Why a model of another family is not among those supported, where its fields tell."""
     experts = [name for name in _EXPERTS if raw.get(name) not in (None, 0, 1)]
     if experts:
-        return (
-            f", a mixture of experts ({experts[0]} is {raw[experts[0]]!r}): its layers have no one down projection to edit"
-        )
+        told = f"{experts[0]} is {shown(raw[experts[0]])}"
+        return f", a mixture of experts ({told}): its layers have no one down projection to edit"
     text = raw.get("text_config")
     if isinstance(text, Mapping):
-        return f", a model of more than text: save its language model alone (text_config is {text.get('model_type')!r})"
+        return f", a model of more than text: save its language model alone (text_config is {shown(text.get('model_type'))})"
     return ""

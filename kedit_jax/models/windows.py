@@ -17,7 +17,7 @@ def read_windows(fields: Fields, default: Callable[[int], bool], window: int | N
 
     Without a `window`, `sliding_window` must be there.
     """
-    layers = [default(layer) for layer in range(fields.integer("num_hidden_layers"))]
+    layers = [default(layer) for layer in range(fields.layers("num_hidden_layers"))]
     marked = fields.choices("layer_types", LAYER_TYPES, layers)
     if not any(marked):
         return None
@@ -29,7 +29,7 @@ def read_uniform_window(fields: Fields, *, absent: int | None) -> LocalAttention
     window = fields.integer_or_none("sliding_window", absent)
     kind = "full_attention" if window is None else "sliding_attention"
     fields.must_be_all("layer_types", kind, why=f"this family attends alike in all layers, and sliding_window is {window}")
-    return None if window is None else LocalAttention(window, (True,) * fields.integer("num_hidden_layers"))
+    return None if window is None else LocalAttention(window, (True,) * fields.layers("num_hidden_layers"))
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def cached_editor(folder: str | Path, name: str, moment: Float[AnyArray, "n n"],
     if name not in EDITORS:
         raise SolverError(f"unknown editor {name!r}: one of {', '.join(EDITORS)}")
     path = Path(folder) / f"prior-{_content(name, moment, numbers)}.safetensors"
-    stored = _read(path)
+    stored = _read(path, np.shape(moment)[-1])
     if stored is not None:
         return stored
     editor = EDITORS[name](moment, **numbers)
@@ -65,8 +65,9 @@ def _content(name: str, moment: Float[AnyArray, "n n"], numbers: Mapping[str, An
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Editor | None:
-    """What is stored there; None if nothing is, or, with a warning, where it no longer has its checksum."""
+def _read(path: Path, width: int) -> Editor | None:
+    """What is stored there; None if nothing is, or, with a warning, where it no longer has its checksum or is no editor for
+    keys of this width: whoever can write the file can compute its checksum."""
     if not path.exists():
         return None
     try:
@@ -76,10 +77,25 @@ def _read(path: Path) -> Editor | None:
         prior, noise = Prior(arrays["factor"], arrays.get("basis")), float(arrays["noise"])
         if about["checksum"] != _checksum(path, prior, noise):
             raise ValueError("its numbers are not those that were written")
+        _check_usable(prior, noise, width)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         warnings.warn(f"the factored prior in {str(path)!r} is damaged ({error}) and is made anew", stacklevel=3)
         return None
     return Editor(on_device(arrays["factor"], arrays.get("basis")), noise)
+
+
+def _check_usable(prior: Prior, noise: float, width: int) -> None:
+    """Raise a ValueError where the arrays are none that a factored prior has."""
+    factor, basis = np.asarray(prior.factor), None if prior.basis is None else np.asarray(prior.basis)
+    if factor.dtype != np.float64 or factor.ndim not in (1, 2) or len(set(factor.shape)) > 1 or not factor.size:
+        raise ValueError(f"its factor is {factor.dtype} of shape {factor.shape}")
+    if (factor.shape[0], width) != (width, width) if basis is None else basis.shape != (width, factor.shape[0]):
+        raise ValueError(f"its factor of shape {factor.shape} does not fit keys of width {width}")
+    diagonal = factor if factor.ndim == 1 else factor.diagonal()
+    if not np.isfinite(factor).all() or not (diagonal > 0).all() or not (basis is None or np.isfinite(basis).all()):
+        raise ValueError("its numbers are none of a factor")
+    if not (np.isfinite(noise) and noise >= 0):
+        raise ValueError(f"its noise is {noise}")
 
 
 def _write(path: Path, editor: Editor) -> None:

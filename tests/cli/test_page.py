@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import jax
@@ -22,7 +23,7 @@ from kedit_jax.evaluation.report import Details
 from kedit_jax.models import down_kernel_address
 from kedit_jax.verification import batch_scores, norms_over_steps
 
-HOSTILE = "<script>alert(1)</script> \"quoted\" 'too' & ]]> \x1b[31m \x00 </style>"
+HOSTILE = '<script>alert(1)</script> "quoted" "onmouseover="alert(1) \'too\' & ]]> \x1b[31m \x00 </style><img>'
 NAMES = [field.name for field in dataclasses.fields(Percentages)]
 
 
@@ -57,7 +58,7 @@ def session(history: list[EditSession]) -> EditSession:
         fewer,
         retired=(*fewer.retired, bad),
         skipped=(bad,),
-        events=(*fewer.events, Event("edit", ("<b>",), (HOSTILE,), (HOSTILE,), texts=(HOSTILE,))),
+        events=(*fewer.events, Event(HOSTILE, ("<b>",), (HOSTILE,), (HOSTILE,), texts=(HOSTILE,), reason=HOSTILE)),
     )
 
 
@@ -104,6 +105,48 @@ def test_hostile_texts_are_shown_as_texts(html: str, tree: ElementTree.Element) 
     assert sum(shown in text for text in texts) >= 7, "title, task, event, retired, skipped, completions"
     assert "\x00" not in html
     assert html.count("<style>") == html.count("</style>") == 1
+
+
+class Found(HTMLParser):
+    """The elements, and the names of their attributes, as a browser makes them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.attributes: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_hostile_texts_make_no_elements_and_no_attributes(
+    html: str, session: EditSession, course: Course, fresh: EditSession
+) -> None:
+    """Of model, facts, ids, events, times, tasks and completions; the same page without them has all there is to find."""
+    hostile_times = dataclasses.replace(course, times=[HOSTILE] * len(session.events))
+    for made in (html, page(HOSTILE, session, ROWS, hostile_times, HOSTILE)):
+        found = Found(made)
+        harmless = page("model", dataclasses.replace(fresh, events=(Event("edit", ("a",)),)), ROWS, course_of(course), "0.0")
+        allowed = Found(harmless.replace(HOSTILE, "task"))
+        assert found.elements == allowed.elements
+        assert found.attributes == allowed.attributes
+        assert not {"script", "img"} & found.elements
+        assert not [name for name in found.attributes if "onmouseover" in name]
+
+
+def course_of(course: Course) -> Course:
+    """One event, and words of nobody."""
+    said = Said("said", exact=True, begins=True)
+    return dataclasses.replace(course, times=[""], spoken=[Spoken(("a", "b"), said, said)])
+
+
+def test_negative_control_texts_that_are_not_escaped_are_found(html: str) -> None:
+    raw = html.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
+    found = Found(raw)
+    assert {"script", "img"} <= found.elements
+    assert [name for name in found.attributes if "onmouseover" in name]
 
 
 def values(tree: ElementTree.Element) -> dict[str, float]:

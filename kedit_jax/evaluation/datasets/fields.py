@@ -4,7 +4,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kedit_jax.editing.requests import SLOT
+from kedit_jax.editing.requests import SLOT, encodable
+from kedit_jax.errors import shown
 from kedit_jax.evaluation.records import Fact
 
 Raw = Mapping[str, Any]
@@ -22,11 +23,11 @@ class Fields:
         if value is None:
             self.problems.append(f"{name!r} is missing")
         elif not isinstance(value, str):
-            self.problems.append(f"{name!r} must be text, not {value!r:.60}")
+            self.problems.append(f"{name!r} must be text, not {shown(value):.60}")
         elif not value.strip():
             self.problems.append(f"{name!r} is empty")
-        elif not _encodable(value):
-            self.problems.append(f"{name!r} {value!r:.60} holds half a character (a lone surrogate); write it as UTF-8")
+        elif not encodable(value):
+            self.problems.append(f"{name!r} {shown(value):.60} holds half a character (a lone surrogate); write it as UTF-8")
         return value if isinstance(value, str) else ""
 
     def optional_text(self, raw: Raw, key: str, name: str | None = None) -> str | None:
@@ -37,7 +38,7 @@ class Fields:
         """A value of `kind`, or None where the record has none."""
         value = raw.get(key)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            self.problems.append(f"{name!r} must be {kind.__name__} or left out, not {value!r:.60}")
+            self.problems.append(f"{name!r} must be {kind.__name__} or left out, not {shown(value):.60}")
             return None
         return value
 
@@ -45,7 +46,7 @@ class Fields:
         """A truth value; False where the record has none."""
         value = raw.get(key, False)
         if not isinstance(value, bool):
-            self.problems.append(f"{key!r} must be true or false, not {value!r:.60}")
+            self.problems.append(f"{key!r} must be true or false, not {shown(value):.60}")
         return value is True
 
     def weight(self, raw: Raw) -> float:
@@ -54,7 +55,9 @@ class Fields:
         if value is None:
             return 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            self.problems.append(f"'weight' must be a number > 0, not {value!r:.60}; leave a fact out to give it no weight")
+            self.problems.append(
+                f"'weight' must be a number > 0, not {shown(value):.60}; leave a fact out to give it no weight"
+            )
             return 1.0
         return float(value)
 
@@ -63,7 +66,7 @@ class Fields:
         value = raw.get(key)
         if isinstance(value, Mapping):
             return value
-        self.problems.append(f"{name!r} must be an object with {holds}, not {value!r:.60}")
+        self.problems.append(f"{name!r} must be an object with {holds}, not {shown(value):.60}")
         return None
 
     def items(self, raw: Raw, key: str, required: bool = False) -> Sequence[Any]:
@@ -74,7 +77,7 @@ class Fields:
                 self.problems.append(f"{key!r} is missing; give a list of prompts (an empty one is not scored)")
             return ()
         if isinstance(value, str) or not isinstance(value, Sequence):
-            self.problems.append(f"{key!r} must be a list, not {value!r:.60}")
+            self.problems.append(f"{key!r} must be a list, not {shown(value):.60}")
             return ()
         return value
 
@@ -106,7 +109,7 @@ class Fields:
             if isinstance(leaf, str) and leaf.strip():
                 found.append(self.text({"leaf": leaf}, "leaf", name).strip())
             elif not isinstance(leaf, str):
-                self.problems.append(f"{name!r} must be text or lists of texts, not {leaf!r:.60}")
+                self.problems.append(f"{name!r} must be text or lists of texts, not {shown(leaf):.60}")
         return tuple(dict.fromkeys(found))
 
     def template(self, raw: Raw, name: str) -> str:
@@ -127,17 +130,12 @@ class Fields:
         """The record's name."""
         value = raw.get("case_id")
         if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-            self.problems.append(f"'case_id' must be a number or a name, not {value!r:.60}")
+            self.problems.append(f"'case_id' must be a number or a name, not {shown(value):.60}")
+            return ""
+        if isinstance(value, str) and not encodable(value):
+            self.problems.append(f"'case_id' {value!r:.60} holds half a character (a lone surrogate); write it as UTF-8")
             return ""
         return value
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -18,6 +18,9 @@ from kedit_jax.evaluation.records import RecordError
 MAX_RECORD = 1 << 24
 """Characters of a record; the longest of the published data sets have some 20,000."""
 CHUNK = 1 << 18
+MAX_UNPACKED, MAX_RATIO = 1 << 24, 100
+"""Bytes that a packed file may always unpack to, and how many times its size beyond that. Text packs to a tenth or so of its
+size; gzip can pack a thousand times what it is, and such a file is meant to fill a memory."""
 DELIMITERS = ",;\t"
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
@@ -55,11 +58,29 @@ def _text(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
     try:
         with path.open("rb") as file:
             packed = file.peek(2)[:2] == b"\x1f\x8b"
-            data: Any = gzip.GzipFile(fileobj=file) if packed else file
+            data: Any = io.BufferedReader(_Unpacked(file, path.stat().st_size)) if packed else file
             with io.TextIOWrapper(data, encoding="utf-8-sig", newline=newline) as stream:
                 yield stream
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RecordError(f"cannot read records from {str(path)!r}: {error}; give UTF-8 text, plain or .gz") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """A gzipped file's content, up to what an honest one holds."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._content, self._left, self._size = gzip.GzipFile(fileobj=file), max(MAX_UNPACKED, MAX_RATIO * size), size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._content.read1(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"its {self._size:,} bytes unpack to more than {MAX_RATIO} times as many; unpack it yourself")
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _first_character(path: Path) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_jax.errors import KeditError
+from kedit_jax.editing.requests import encodable
+from kedit_jax.errors import KeditError, shown
 from kedit_jax.evaluation.datasets.fields import Fields
 from kedit_jax.evaluation.datasets.files import Columns, raw_records
 from kedit_jax.evaluation.datasets.hub import HUB, check_sum, fetch
@@ -82,7 +83,10 @@ def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as JSON Lines that `read_records` reads back."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
-            file.write(json.dumps(record.to_dict(), ensure_ascii=False) + "\n")
+            text = json.dumps(record.to_dict(), ensure_ascii=False)
+            if not encodable(text):  # halves of characters, in fields that nothing here reads: as escapes they can be kept
+                text = json.dumps(record.to_dict())
+            file.write(text + "\n")
 
 
 def _reading(finder: Finder | None, zsre_target: str) -> Reading:
@@ -95,6 +99,7 @@ def _collect(raws: Iterable[tuple[str, Any]], source: str, reading: Reading, lef
     """The records of all raw ones, or all problems."""
     records: list[Record] = []
     problems: list[str] = []
+    unlisted = 0
     first_seen: dict[str, str] = {}
     schema: Schema | None = None
     for number, (place, raw) in enumerate(raws):
@@ -102,15 +107,20 @@ def _collect(raws: Iterable[tuple[str, Any]], source: str, reading: Reading, lef
         found, own = _one(fields, raw, number, reading, schema)
         schema = schema or own
         name = raw.get("case_id", raw.get("id")) if isinstance(raw, Mapping) else None
-        shown = f"{place} (case_id {name!r:.60})" if isinstance(name, int | str) and name != "" else place
+        told = f"{place} (case_id {shown(name):.60})" if isinstance(name, int | str) and name != "" else place
         for record in found:
             _check_unused(fields, str(record.case_id), first_seen, place)
-        problems += [f"{shown}: {problem}" for problem in fields.problems]
-        records += [] if fields.problems else found
+        if left_out is None and len(problems) >= MAX_LISTED:  # a small file can unpack to millions of them
+            unlisted += len(fields.problems)
+            records = []
+        else:
+            problems += [f"{told}: {problem}" for problem in fields.problems]
+            records += [] if fields.problems else found
     if left_out is not None:
         left_out += problems
     if problems and (left_out is None or not records):
-        more = [f"and {len(problems) - MAX_LISTED:,} more"] if len(problems) > MAX_LISTED else []
+        unlisted += len(problems[MAX_LISTED:])
+        more = [f"and {unlisted:,} more"] if unlisted else []
         raise RecordError.listing(f"{source}: nothing was read, mend these first:", problems[:MAX_LISTED] + more)
     if not records:
         raise RecordError(f"{source} holds no records; give at least one")
@@ -126,7 +136,7 @@ def _one(
         return [], None
     try:
         if not isinstance(raw, Mapping):
-            fields.problems.append(f"must be an object with the fields of a record, not {raw!r:.60}")
+            fields.problems.append(f"must be an object with the fields of a record, not {shown(raw):.60}")
             return [], None
         own = recognise(raw)
         if own is not None and schema is not None and own.name != schema.name:
@@ -135,7 +145,7 @@ def _one(
             return [], None
         used = own or schema
         if used is None:
-            fields.problems.append(f"no known schema: none of the fields {list(raw)!r:.300} is one of {_signs()}")
+            fields.problems.append(f"no known schema: none of the fields {shown(list(raw)):.300} is one of {_signs()}")
             return [], None
         return used.read(fields, raw, number, reading), used
     except RecursionError:
