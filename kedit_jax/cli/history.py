@@ -10,7 +10,7 @@ import typer
 from kedit_jax import hosts
 from kedit_jax.checkpoint import SessionLock, lock_session, newest_version, read_events, read_manifest, save_session
 from kedit_jax.cli import show
-from kedit_jax.cli.common import Conflicts, Dtype, Model, MomentsDir, Session, console, load_for, open_session
+from kedit_jax.cli.common import Conflicts, Context, Dtype, Model, MomentsDir, Session, console, load_for, open_session
 from kedit_jax.cli.text import escape
 from kedit_jax.editing import algebra
 from kedit_jax.editing.session import EditSession
@@ -44,7 +44,7 @@ def log(
 
 
 def retract(
-    context: typer.Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
+    context: Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
 ) -> None:
     """Take facts back, as if they had never been edited."""
     with _opened(context, model, session, moments, dtype) as (before, lock):
@@ -52,14 +52,14 @@ def retract(
 
 
 def restore(
-    context: typer.Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
+    context: Context, model: Model, ids: Ids, session: Session, moments: MomentsDir = None, dtype: Dtype = None
 ) -> None:
     """Write facts once more that were taken back or replaced, from their recorded constraints."""
     with _opened(context, model, session, moments, dtype) as (before, lock):
         _store(before.restore(ids)[0], lock, f"restored {len(set(ids))}")
 
 
-def undo(context: typer.Context, model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
+def undo(context: Context, model: Model, session: Session, moments: MomentsDir = None, dtype: Dtype = None) -> None:
     """Take the last step back, whatever it was; again, the one before it."""
     with _opened(context, model, session, moments, dtype) as (before, lock):
         current, _ = algebra.undo(before)
@@ -68,7 +68,7 @@ def undo(context: typer.Context, model: Model, session: Session, moments: Moment
 
 
 def merge(
-    context: typer.Context,
+    context: Context,
     model: Model,
     other: Annotated[
         Path, typer.Argument(help="folder of the session to merge into this one; its facts count as the later")
@@ -89,7 +89,7 @@ def merge(
 
 
 def compact(
-    context: typer.Context,
+    context: Context,
     model: Model,
     session: Session,
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
@@ -108,7 +108,7 @@ def compact(
 
 @contextmanager
 def _opened(
-    context: typer.Context, model: str, session: Path, moments: Path | None, dtype: str | None
+    context: Context, model: str, session: Path, moments: Path | None, dtype: str | None
 ) -> Iterator[tuple[EditSession, SessionLock]]:
     """A stored session that nobody else changes until this command has."""
     newest_version(session)  # or locking would make the folder

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kedit_jax import hosts
 from kedit_jax.cli import show
-from kedit_jax.cli.common import Dtype, MomentsDir, load_for, open_session
+from kedit_jax.cli.common import Context, Dtype, MomentsDir, load_for, open_session
 from kedit_jax.editing.drift import Drift, key_drift
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError
@@ -21,7 +21,7 @@ from kedit_jax.verification import CONTROL, Check, finite, is_exact, verify_sess
 
 
 def verify(
-    context: typer.Context,
+    context: Context,
     model: Annotated[str | None, typer.Argument(help="model of a session: a Hugging Face directory or hub id")] = None,
     session: Annotated[Path | None, typer.Option(help="the folder of a session to check against its constraints")] = None,
     moments: MomentsDir = None,

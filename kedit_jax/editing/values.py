@@ -238,7 +238,7 @@ def _advance(
         score, uphill = _score(model, layout, problem, layer, keep, state, settings)
         loss = score.loss + settings.decay * _length(state.delta) / norm**2
         done = state.done | (loss < settings.stop_loss) | (state.step == settings.steps - 1)
-        slope = jax.lax.cond(done.all(), lambda: jnp.zeros_like(state.delta), uphill)  # not of losses that end it all
+        slope = _unless(done.all(), uphill, state.delta, always=model.spread is not None)  # not of losses that end it all
         slope += settings.decay * _direction(state.delta) / norm[:, None] ** 2
         change, adam_state = adam.update(slope, state.adam)
         moved = _clamp(optax.apply_updates(state.delta, change), settings.clamp * norm)
@@ -276,6 +276,14 @@ def _advance_on_mesh(
         return _advance(model, layout, begun, layer, settings, keep, dtype, leave)
 
     return on_shares(model.spread, one, layouts, begun)
+
+
+def _unless(
+    ended: Bool[Array, ""], uphill: Callable[[], Float[Array, "r d"]], delta: Float[Array, "r d"], *, always: bool
+) -> Float[Array, "r d"]:
+    """The gradient unless all have ended; of parts that end at different steps always: a choice for each part would give
+    each a copy of the model."""
+    return uphill() if always else jax.lax.cond(ended, lambda: jnp.zeros_like(delta), uphill)
 
 
 _STATIC = ("layer", "settings", "keep", "dtype", "leave")
