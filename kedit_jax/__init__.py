@@ -35,7 +35,18 @@ from kedit_jax.evaluation import (
     write_records,
 )
 from kedit_jax.export import export_adapter, export_merged, load_delta, plan_adapter, save_delta
-from kedit_jax.models import Decoder, ModelConfig, generate, load, load_model, load_tokenizer, model_fingerprint, save_model
+from kedit_jax.models import (
+    Decoder,
+    ModelConfig,
+    generate,
+    load,
+    load_model,
+    load_tokenizer,
+    make_mesh,
+    model_fingerprint,
+    on_mesh,
+    save_model,
+)
 
 __all__ = [
     "PUBLISHED",
@@ -70,8 +81,10 @@ __all__ = [
     "load_session",
     "load_tokenizer",
     "lock_session",
+    "make_mesh",
     "merge",
     "model_fingerprint",
+    "on_mesh",
     "parse_records",
     "plan_adapter",
     "prepare",

@@ -6,7 +6,9 @@ only the first process writes files, in a folder that all can read.
 """
 
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,8 @@ def initialize(
     Raises:
         KeditError: not all came in time, or nothing says which processes there are.
     """
+    if coordinator is not None:
+        _reach(coordinator, 0 if number == 0 else timeout)
     try:
         jax.distributed.initialize(
             coordinator, count, number, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
@@ -50,6 +54,25 @@ def initialize(
             f"the processes cannot be brought together: {str(error).strip() or type(error).__name__}; start all of them "
             f"within {timeout} s, each with the coordinator's host:port, their number, and its own number from 0 on"
         ) from error
+
+
+def _reach(coordinator: str, timeout: int) -> None:
+    """Wait until the first process listens: JAX would wait as long, and then abort with a trace of its own."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise KeditError(f"coordinator {coordinator!r} is no host:port, as first-host:8476")
+    until = time.monotonic() + timeout
+    while timeout:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise KeditError(
+                    f"no first process listens at {coordinator} after {timeout} s ({error}); start it within that time, and "
+                    "check that this machine reaches it by that name"
+                ) from error
+            time.sleep(0.2)
 
 
 def count() -> int:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -69,20 +69,27 @@ RUNS = (
 )
 QUICK = (("tiny", "v5e:2x2", 2, 2),)
 BOTH = ("llama-3-8b", "v5e:4x4")  # compiled with either choice of what blocks keep
+VALUES = "values, keep "
 REQUESTS, PREFIXES, RANK = 16, 5, 2000  # of a share of `data`, of a request, of the delta
 MOMENT_ROWS, MOMENT_TOKENS = 2, 512  # of a share of `data`, of a row
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 FACTORS = ("cholesky", "triangular", "eigh", "Lu", "Qr")
 
 
-class Program(NamedTuple):
-    """Something to lower, and what `kedit inspect --mesh` has to say of its memory: (arguments, beside them)."""
+def planned(name: str, data: int, model: int, keep: Any) -> tuple[int, int]:
+    """What `kedit inspect --mesh` has to say of target values: bytes of the arguments, and beside them."""
+    from jax.sharding import AbstractMesh
 
-    lower: Callable[[], Any]
-    planned: tuple[int, int] | None = None
+    from kedit_jax.editing.budget import device_bytes, values_bytes
+    from kedit_jax.models.registry import config_from_json
+    from kedit_jax.models.spread import Spread
+
+    config = config_from_json(MODELS[name], name)
+    spread = Spread(AbstractMesh((data, model), ("data", "model")), config)
+    return device_bytes(config, spread, 2), values_bytes(config, _layout().sizes, EDITED[name][-1], keep, 2, spread)
 
 
-def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[str, Program]]:
+def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The programs of an edit, from shapes alone."""
     import jax
     import jax.numpy as jnp
@@ -92,8 +99,6 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
 
     from kedit_jax.delta import EditDelta, LowRank, _put_in_place, apply_edits
     from kedit_jax.editing import keys, moments, values
-    from kedit_jax.editing.budget import device_bytes, values_bytes
-    from kedit_jax.editing.tokens import align
     from kedit_jax.models import abstract_decoder, down_kernel_address, named_parameters, with_parameters
     from kedit_jax.models.registry import config_from_json
     from kedit_jax.models.spread import Spread
@@ -118,22 +123,17 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
     )
     layers = EDITED[name]
     top, n, d = layers[-1], config.d_ff, config.d_model
-    layout = align([_request(np.random.default_rng(i)) for i in range(REQUESTS)])
+    layout = _layout()
     stack = jax.tree.map(stacked, layout)
-    resting = device_bytes(config, spread, 2)
     for keep in ("inputs", "products") if (name, topology) == BOTH else ("inputs",):
-        taken = values_bytes(config, layout.sizes, top, keep, 2, spread)
         yield (
-            f"values, keep {keep}",
-            Program(
-                partial(values._advanced_on_mesh.lower, decoder, stack, None, top, values.ValueSettings(), keep, None, 0),
-                (resting, taken),
-            ),
+            f"{VALUES}{keep}",
+            partial(values._advanced_on_mesh.lower, decoder, stack, None, top, values.ValueSettings(), keep, None, 0),
         )
     stream = jax.eval_shape(keys.enter, decoder, stack)
     stream = jax.tree.map(lambda leaf: shaped(leaf.shape, leaf.dtype, PartitionSpec("data")), stream)
     for layer, what in ((layers[-2], "below the top"), (top, "the top")):
-        yield f"keys, {what}", Program(partial(keys.read.lower, decoder, stream, 0, layer, top, layout.n_contexts))
+        yield f"keys, {what}", partial(keys.read.lower, decoder, stream, 0, layer, top, layout.n_contexts)
     down = parameters["layers.mlp.down.kernel"].shape
     spec = spread.at_rest("layers.mlp.down.kernel", down)
     kernel = shaped(down[1:], dtype, PartitionSpec(*spec[1:]))
@@ -146,9 +146,17 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
         shaped((n, RANK), jnp.float32, PartitionSpec("model")), shaped((RANK, d), jnp.float32, PartitionSpec(None, "data"))
     )
     delta = EditDelta({down_kernel_address(layer): low for layer in layers})
-    yield f"apply_edits, rank {RANK}", Program(partial(jax.jit(apply_edits, donate_argnums=0).lower, decoder, delta))
+    yield f"apply_edits, rank {RANK}", partial(jax.jit(apply_edits, donate_argnums=0).lower, decoder, delta)
     tokens = shaped((MOMENT_ROWS * data, MOMENT_TOKENS), jnp.int32, PartitionSpec("data"))
-    yield "moments", Program(partial(moments._keys.lower, decoder, tokens, tokens, layers))
+    yield "moments", partial(moments._keys.lower, decoder, tokens, tokens, layers)
+
+
+def _layout() -> Any:
+    import numpy as np
+
+    from kedit_jax.editing.tokens import align
+
+    return align([_request(np.random.default_rng(number)) for number in range(REQUESTS)])
 
 
 def _request(rng: Any) -> list[Any]:
@@ -185,12 +193,9 @@ def compiled(lower: Callable[[], Any], layers: int) -> dict[str, Any]:
 
 def child(name: str, topology: str, data: int, model: int) -> None:
     """One model on one slice: a line of JSON a program."""
-    for what, program in programs(name, topology, data, model):
+    for what, lower in programs(name, topology, data, model):
         found = {"model": name, "slice": topology, "data": data, "model_axis": model, "program": what}
-        found |= compiled(program.lower, MODELS[name]["num_hidden_layers"])
-        if program.planned is not None:
-            found |= {"planned_arguments": program.planned[0], "planned_temporary": program.planned[1]}
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found | compiled(lower, MODELS[name]["num_hidden_layers"])), flush=True)
 
 
 def run(name: str, topology: str, data: int, model: int) -> list[dict[str, Any]]:
@@ -224,10 +229,9 @@ def _row(one: dict[str, Any]) -> str:
     if "refused" in one:
         return "| " + " | ".join([*cells, f"refused: {one['refused']}", *[""] * 5]) + " |"
     cells += [f"{one['arguments'] / GIB:.2f}", f"{one['temporary'] / GIB:.2f}"]
-    if "planned_arguments" in one:
-        planned = one["planned_arguments"] + one["planned_temporary"]
-        took = one["arguments"] + one["temporary"]
-        cells += [f"{planned / GIB:.2f}", f"{100 * (planned / took - 1):+.0f} %"]
+    if one["program"].startswith(VALUES):
+        plan = sum(planned(one["model"], one["data"], one["model_axis"], one["program"].removeprefix(VALUES)))
+        cells += [f"{plan / GIB:.2f}", f"{100 * (plan / (one['arguments'] + one['temporary']) - 1):+.0f} %"]
     else:
         cells += ["", ""]
     collectives = ", ".join(f"{count} {kind}" for kind, count in sorted(one["collectives"].items())) or "none"
@@ -243,6 +247,7 @@ def main() -> None:
     """Ask for all models and slices; what is stored already is kept unless `--again`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true", help="of what is stored, beside what the plan says now")
     parser.add_argument("--again", action="store_true", help="also what is stored")
     parser.add_argument("--only", help="one model/slice, as llama-3-8b/v5e:4x4")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -256,7 +261,7 @@ def main() -> None:
         return
     file = HERE / "results" / "tpu.json"
     stored = {} if given.again or not file.exists() else json.loads(file.read_text(encoding="utf-8"))
-    for one in RUNS:
+    for one in () if given.table else RUNS:
         key = f"{one[0]}/{one[1]}/{one[2]}x{one[3]}"
         if key in stored or (given.only and not key.startswith(given.only)):
             continue

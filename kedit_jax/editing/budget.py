@@ -211,7 +211,10 @@ def values_bytes(
     block = d * (2 * q + 2 * kv) + d * (wide + ff)
     past = 2 * s.rows * s.prefix * kv * above + 2 * s.after * (q + 2 * kv)
     head = 3 * s.scored * vocabulary + 4 * s.requests * vocabulary
-    return max(itemsize, 4) * (max(below, head + kept + working) + past + 3 * s.after * d) + 2 * itemsize * block
+    whole = 0 if spread is None else vocabulary * d  # the head's kernel, gathered over `data`
+    wide_size = max(itemsize, 4)
+    upwards = wide_size * (head + working) + itemsize * kept  # what is kept has the model's dtype
+    return max(wide_size * below, upwards) + wide_size * (past + 3 * s.after * d) + itemsize * (2 * block + whole)
 
 
 def _cut(config: ModelConfig, spread: Spread | None) -> tuple[int, int, int, int]:
