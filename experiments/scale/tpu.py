@@ -140,7 +140,7 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
     whole = shaped(down, dtype, spec)
     yield (
         "the host's kernel written",
-        Program(partial(_put_in_place.lower, whole, kernel, NamedSharding(mesh, spec), jax.ShapeDtypeStruct((), jnp.int32))),
+        partial(_put_in_place.lower, whole, kernel, NamedSharding(mesh, spec), jax.ShapeDtypeStruct((), jnp.int32)),
     )
     low = LowRank(
         shaped((n, RANK), jnp.float32, PartitionSpec("model")), shaped((RANK, d), jnp.float32, PartitionSpec(None, "data"))
@@ -177,17 +177,24 @@ def compiled(lower: Callable[[], Any], layers: int) -> dict[str, Any]:
         program = lower().compile()
     except Exception as error:  # out of memory is said here, as an error of the compiler's
         return {"refused": str(error).strip().splitlines()[0][:300], "compile_s": round(time.process_time() - began, 1)}
-    memory, text = program.memory_analysis(), program.as_text()
-    numbered = re.findall(rf"({COLLECTIVES})(?:-start)?\([^\n]*?channel_id=(\d+)", text)
-    channels = {number: kind for kind, number in numbered}
+    memory = program.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "collectives": dict(collections.Counter(channels.values())),
-        "factored": sorted({word for word in FACTORS if re.search(rf'custom_call_target="[^"]*{word}|= \S+ {word}', text)}),
-        "stacks_gathered": len(set(re.findall(rf"= \S*\[(?:1,)*{layers},\d+,\d+\]\S* all-gather", text))),
         "compile_s": round(time.process_time() - began, 1),
+    } | read(program.as_text(), layers)
+
+
+def read(text: str, layers: int) -> dict[str, Any]:
+    """Collectives, factorizations, and what must not be in a program: stacks of all layers gathered or copied."""
+    channels = re.findall(rf"({COLLECTIVES})(?:-start)?\([^\n]*?channel_id=(\d+)", text)
+    numbered = {number: kind for kind, number in channels}
+    return {
+        "collectives": dict(collections.Counter(numbered.values())),
+        "factored": sorted({word for word in FACTORS if re.search(rf'custom_call_target="[^"]*{word}|= \S+ {word}', text)}),
+        "stacks_gathered": len(re.findall(rf"= \w+\[(?:1,)*{layers},\d+,\d+\]\S* all-gather", text)),
+        "copies_of_stacks": len(re.findall(rf"= \w+\[(?!1,)\d+,{layers},\d+,\d+\]\S* broadcast", text)),
     }
 
 

@@ -54,6 +54,31 @@ def test_inspect_reads_the_configuration_alone(kedit: Kedit, tmp_path: Path) -> 
     assert "7.7 GiB" in said  # five moments of 14336 x 14336 in float64
 
 
+def test_inspect_plans_for_a_mesh_that_is_not_here(kedit: Kedit) -> None:
+    alone = kedit("inspect", str(assets.model_dir()))
+    said = kedit("inspect", str(assets.model_dir()), "--mesh", "data=2,model=4")
+    assert "2 x 4 devices" in said
+    assert "of 8 alike" in said
+    assert "fits" not in said, "nothing is known of devices that are elsewhere"
+    model = [line.split() for line in (*alone.splitlines(), *said.splitlines()) if line.split()[:2] == ["model", "device"]]
+    whole, cut = (float(words[2]) for words in model)
+    assert whole / 8 <= cut <= 1.2 * whole / 8, "all but norms and positions is cut"
+    uneven = kedit("inspect", str(assets.model_dir()), "--mesh", "model=3")
+    assert "model=3 does not divide the attention heads and the key width" in uneven
+
+
+@pytest.mark.parametrize("mesh", ["8", "data=2,tensor=4", "data=0", "data=2,data=4", "model=x", ""])
+def test_a_mesh_that_cannot_be_read_is_named(kedit: Kedit, mesh: str) -> None:
+    stats = ("stats", "m", "--corpus", "c", "--layers", "1")
+    for words in (("--mesh", mesh, *stats), ("inspect", str(assets.model_dir()), "--mesh", mesh)):
+        assert f"mesh {mesh!r} must be written as data=2,model=4" in kedit(*words, status=1)
+
+
+def test_who_is_one_of_several_says_which(kedit: Kedit) -> None:
+    said = kedit("--coordinator", "localhost:1", "--processes", "2", "doctor", status=1)
+    assert "give all three" in said
+
+
 def test_inspect_lists_what_a_file_of_settings_says_in_vain(kedit: Kedit, tmp_path: Path) -> None:
     (tmp_path / "h.yaml").write_text("alg_name: MEMIT\nlayers: [4, 5]\ndevice: 0\n")
     said = kedit("inspect", str(assets.model_dir()), "--settings", str(tmp_path / "h.yaml"))
