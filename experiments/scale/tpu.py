@@ -94,7 +94,7 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
+    from jax.experimental import mesh_utils, topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
     from kedit_jax.delta import EditDelta, LowRank, _put_in_place, apply_edits
@@ -104,7 +104,7 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
     from kedit_jax.models.spread import Spread
 
     found = topologies.get_topology_desc(topology, platform="tpu")
-    devices = topologies.make_mesh(found, (data, model), ("data", "model")).devices
+    devices = mesh_utils.create_device_mesh((data, model), found.devices, allow_split_physical_axes=True)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     config = config_from_json(MODELS[name], name)
     spread, dtype = Spread(mesh, config), jnp.bfloat16
