@@ -72,7 +72,7 @@ class Plan:
     compact_every: int
 
 
-FULL = Plan(day=240, night=48, begin=40, most=5, held=110, every=6, load_every=5, compact_every=12)
+FULL = Plan(day=240, night=96, begin=40, most=5, held=110, every=6, load_every=5, compact_every=12)
 QUICK = Plan(day=22, night=8, begin=4, most=3, held=5, every=4, load_every=5, compact_every=4)
 
 
@@ -326,8 +326,8 @@ def _beyond(line: dict[str, Any]) -> float:
 def verdicts(lines: Sequence[dict[str, Any]]) -> list[Verdict]:
     """What should be flat, and whether it is.
 
-    Curves count from a quarter of a part on, when its programs are compiled; of a process that went on behind another, what
-    the last one held.
+    Curves count from the second half of a part on, when its programs are compiled; of a process that went on behind another,
+    what the last one held.
     """
     found = []
     for part in ("day", "night"):
@@ -335,7 +335,7 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> list[Verdict]:
         loads = [line["loaded_same"] for line in lines if line.get("part") == part and "loaded_same" in line] or [np.nan]
         undone = [line["undone_same"] for line in lines if line.get("part") == part and "undone_same" in line] or [1]
         own = [line for line in told if line["began"] == told[-1]["began"]]
-        late = [line for line in own if line["operation"] >= told[-1]["operation"] / 4] or own
+        late = [line for line in own if line["operation"] >= told[-1]["operation"] / 2] or own
         x = [line["operation"] for line in late]
         found += [
             at_most(f"{part}: error", [line["error"] for line in told], float(TOLERANCES["session"].of("float64", 0.0))),
