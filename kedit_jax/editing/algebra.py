@@ -93,6 +93,8 @@ def undo(session: EditSession) -> tuple[EditSession, EditDelta]:
     # Found before anything else is retired: an id that the event replaced by itself has two versions afterwards.
     places = [session._retired_at(name) for name in went]
     before = session._without(came) if came else session
+    if came and event.kind != "restore":
+        before, places = _set_aside(before, len(came)), [place + len(came) for place in places]
     if places:
         before = before._with_retired(places)
     undone = Event("undo", event.ids, event.replaced, undoes=number + 1)
@@ -204,6 +206,19 @@ def _with_rows(merged: EditSession, second: EditSession, places: np.ndarray, pla
         batches=(*merged.batches, len(plan.written)),
         reports=None,
     )._with_model()
+
+
+def _set_aside(session: EditSession, count: int) -> EditSession:
+    """The session whose last `count` retired facts are its first: they were written by an event that is undone.
+
+    Where an earlier event took back a fact of the same id, that version stays the latest: undoing that event, and `restore`,
+    bring it back, as they would have before.
+    """
+    order = np.roll(np.arange(len(session.retired)), count)
+    layers = {
+        layer: dataclasses.replace(held, retired=solve.take(held.retired, order)) for layer, held in session.layers.items()
+    }
+    return dataclasses.replace(session, layers=layers, retired=tuple(session.retired[place] for place in order))
 
 
 def _last_standing(events: Sequence[Event]) -> int | None:

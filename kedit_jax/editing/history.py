@@ -12,10 +12,14 @@ from jaxtyping import Float
 
 from kedit_jax import solve
 from kedit_jax.delta import Dense, LowRank, Update
+from kedit_jax.editing.packed import room
 from kedit_jax.editing.settings import Procedure
 from kedit_jax.errors import NonFiniteError
 from kedit_jax.solve import host, sequences
 from kedit_jax.solve.rows import Rows
+
+LEAST, STEPS = 64, 8
+"""Rows that a fresh fit is computed with at least, and sizes an octave from there on: at most an eighth too many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,11 +196,11 @@ def restored(
 def one_time(history: LayerHistory, site: Site, dtype: str = "float64") -> Float[np.ndarray, "k v"]:
     """The one-time edit of everything the history holds, computed anew."""
     if history.base is None:
-        solution = solve.one_time(site.prior, history.constraints, dtype=dtype)
+        solution = solve.one_time(site.prior, _few_sizes(history.constraints), dtype=dtype)
     else:
         held = history.base.statistics
         if history.constraints.size:
-            held = solve.add(held, solve.statistics(site.prior, history.constraints))
+            held = solve.add(held, solve.statistics(site.prior, _few_sizes(history.constraints)))
         solution = solve.solve_statistics(site.prior, held, dtype=dtype)
     solve.check(solution.status)
     return np.asarray(solution.update)
@@ -210,8 +214,14 @@ def compacted(history: LayerHistory, site: Site) -> LayerHistory:
     """
     held = solve.nothing(site.prior, site.kernel.shape[1]) if history.base is None else history.base.statistics
     if history.constraints.size:
-        held = solve.add(held, solve.statistics(site.prior, history.constraints))
+        held = solve.add(held, solve.statistics(site.prior, _few_sizes(history.constraints)))
     return empty_history(site, Compacted(held, history.update))
+
+
+def _few_sizes(constraints: solve.Constraints) -> solve.Constraints:
+    """The constraints with no-op rows up to one of a few sizes: each size is a program, kept as long as the process."""
+    size = constraints.size
+    return solve.padded(constraints, room(max(size, LEAST), STEPS)) if size else constraints
 
 
 def _in_dtype(sequence: sequences.Sequence | host.HostSequence, dtype: str) -> sequences.Sequence | host.HostSequence:

@@ -9,6 +9,7 @@ import pytest
 
 from kedit_jax import solve
 from kedit_jax.delta import EditDelta
+from kedit_jax.editing import algebra
 from kedit_jax.editing.algebra import compact, difference, merge, undo
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, equivalence_error, relative_error
@@ -204,6 +205,29 @@ class TestUndo:
         before, _ = undo(both)
         again, _ = before.restore(["carol", "lima", "dan"])
         assert relative_error(again.delta, both.delta) <= 1e-11
+
+    def test_of_two_versions_under_one_id_the_one_that_stood_comes_back(self, first: EditSession) -> None:
+        """An id is taken back, written anew and that undone: both versions are retired then, and only one had stood."""
+        session, _ = first.retract(["alice"])
+        session, _ = session.edit([dataclasses.replace(ALICE_2, id="alice")])
+        session, _ = undo(session)
+        assert [fact.target for fact in session.retired] == [ALICE_2.target, ALICE.target]
+        restored, _ = session.restore(["alice"])
+        session, _ = undo(session)
+        for back in (restored, session):
+            assert set(back.facts) == set(first.facts)
+            assert relative_error(back.delta, first.delta) <= 1e-11
+            assert relative_error(back.delta, back.one_time()) <= 1e-11
+
+    def test_negative_control_versions_in_the_order_they_left(
+        self, first: EditSession, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(algebra, "_set_aside", lambda session, count: session)
+        session, _ = first.retract(["alice"])
+        session, _ = session.edit([dataclasses.replace(ALICE_2, id="alice")])
+        session, _ = undo(session)
+        session, _ = session.restore(["alice"])
+        assert ALICE_2.target in {fact.target for fact in session.facts}
 
 
 class TestCompact:

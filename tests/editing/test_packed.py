@@ -13,6 +13,7 @@ from editing_world import PEOPLE, many_requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kedit_jax.editing import budget as budget_module
 from kedit_jax.editing import keys as reading
 from kedit_jax.editing import packed as packing_module
 from kedit_jax.editing import tokens as token_module
@@ -227,6 +228,38 @@ def test_a_long_run_needs_a_handful_of_programs(monkeypatch: pytest.MonkeyPatch)
     as_they_come = shapes_of(batches, hold=False)
     assert len(as_they_come[0]) >= 3 * len(values)
     assert len(as_they_come[1]) >= 3 * len(keys)
+
+
+def test_small_batches_of_mixed_sizes_need_a_handful_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 batches of 1 to 5; the negative control is as sessions did it: each number of requests had sizes of its own."""
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(rng.integers(1, 6, 200))
+    requests = many_requests(int(ends[-1]))
+    batches = [requests[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def programs() -> int:
+        held, found = None, set()
+        for batch in batches:
+            ((layout,), (places,)) = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held)
+            assert places.tolist() == list(range(len(batch)))
+            held = layout.sizes
+            found.add(held)
+        return len(found)
+
+    assert programs() <= 12
+    monkeypatch.setattr(budget_module, "SMALL", 0)
+    assert programs() > 36
+
+
+def test_padding_that_does_not_fit_into_memory_is_left_out() -> None:
+    requests = many_requests(9)
+    ((layout,), _) = micro_batches(BIG, EditSettings((0,)), requests[:8], itemsize=4)
+    ((alone,), _) = micro_batches(BIG, EditSettings((0,)), requests[8:], itemsize=4)
+    assert alone.n_requests == 1
+    ((padded,), _) = micro_batches(BIG, EditSettings((0,)), requests[8:], itemsize=4, held=layout.sizes)
+    assert padded.n_requests == 8
+    ((tight,), _) = micro_batches(BIG, EditSettings((0,), memory=1e-9), requests[8:], itemsize=4, held=layout.sizes)
+    assert tight.sizes == alone.sizes
 
 
 def test_batches_of_one_shape_share_their_programs(

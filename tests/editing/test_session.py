@@ -11,6 +11,7 @@ import pytest
 
 from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, LowRank, apply_edits
+from kedit_jax.editing import history as histories
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.presets import PUBLISHED
 from kedit_jax.editing.requests import EditRequest
@@ -66,6 +67,30 @@ def test_the_sequence_equals_the_one_time_edit(history: list[EditSession]) -> No
     assert equivalence_error(history[-1]) < 1e-10
     assert equivalence_error(history[-1], "float32") < 1e-5
     assert equivalence_error(history[0]) == 0
+
+
+def test_fresh_fits_of_histories_of_any_length_share_a_handful_of_programs(
+    history: list[EditSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is asked for after every step would otherwise compile each time, and keep the program."""
+    session, sizes = history[-1], set()
+    site, held = session.site(0), session.layers[0]
+    exact = solve.one_time
+
+    def watched(prior: solve.Prior, constraints: solve.Constraints, **how: Any) -> solve.Solution:
+        sizes.add(constraints.size)
+        return exact(prior, constraints, **how)
+
+    monkeypatch.setattr(histories.solve, "one_time", watched)
+    with solve.float64():
+        for count in (1, 5, 12):
+            some = solve.take(held.constraints, np.arange(count))
+            found = histories.one_time(dataclasses.replace(held, constraints=some), site)
+            alone = np.asarray(exact(site.prior, some).update)
+            assert np.linalg.norm(found - alone) <= 1e-13 * np.linalg.norm(alone)
+    assert sizes == {histories.LEAST}
+    rows = {histories._few_sizes(solve.take(held.constraints, np.zeros(n, int))).size for n in range(1, 513)}
+    assert len(rows) <= 1 + 3 * histories.STEPS
 
 
 def test_negative_control_an_unaligned_sequence_is_another_edit(fresh: EditSession, batches: Batches) -> None:
