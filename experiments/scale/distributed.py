@@ -260,17 +260,17 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     return f"""# Meshes of devices and processes
 
 Written by `python -m experiments.scale.distributed` (numbers in `results/distributed.json`). CPU devices stand in for
-accelerators, processes of one machine for hosts. The embedded model is read onto the mesh part by part, moments of {TOKENS} tokens
-are summed, {FACTS} facts are written and saved, {FACTS} more, one is taken back, and all is saved again. Errors are relative
-(Frobenius, the worse of {len(LAYERS)} layers), against one device without a mesh; "steps" is the distance of the sum of the
-session's steps from the one-time edit of its facts. Allowed for kernels and steps: {BOUNDS["float32"]["kernels"]:g} and
-{BOUNDS["float32"]["solver"]:g} in float32, {BOUNDS["float64"]["kernels"]:g} for everything in float64.
+accelerators, processes of one machine for hosts. The embedded model is read onto the mesh part by part, moments of
+{TOKENS} tokens are summed, {FACTS} facts are written and saved, {FACTS} more, one is taken back, and all is saved again.
+Errors are relative (Frobenius, the worse of {len(LAYERS)} layers), against one device without a mesh; "steps" is the distance
+of the sum of the session's steps from the one-time edit of its facts. Allowed for kernels and steps are
+{BOUNDS["float32"]["kernels"]:g} and {BOUNDS["float32"]["solver"]:g} in float32, {BOUNDS["float64"]["kernels"]:g} for everything in float64.
 
 {table(found)}
 
-Where a process dies (SIGKILL), all others must end with an error within {NOTICED} s of it (each gives up on a silent one after
-{TIMEOUT} s here, 60 by default), and the same command, given once more, must go on to these numbers. Seconds are those of the
-run that went to the end, on two busy cores, with what it compiled.
+Where a process dies (SIGKILL), all others must end with an error within {NOTICED} s of it (each gives up on a silent one
+after {TIMEOUT} s here, 60 by default), and the same command, given once more, must go on to these numbers. Seconds are those
+of the run that went to the end, on two busy cores, with what it compiled.
 """
 
 

@@ -253,22 +253,25 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def report(found: Sequence[dict[str, Any]]) -> str:
     """The page about them."""
+    looked = [one for one in found if "copies_of_stacks" in one]
+    whole = sum(one["stacks_gathered"] + one["copies_of_stacks"] for one in looked)
     return f"""# What the TPU compiler says
 
-Written by `python -m experiments.scale.tpu` (numbers in `results/tpu.json`); jax {metadata.version("jax")}. Compiled ahead of
-time, from shapes: nothing was run on a TPU, so there are no speeds. bfloat16 weights, {REQUESTS} requests of CounterFact's lengths
-in {PREFIXES + 1} contexts on each share of `data`, 25 steps; moments of {MOMENT_ROWS} rows of {MOMENT_TOKENS} tokens a share. GiB a
-chip, as the compiler plans them: arguments (the model, above all), and what is temporary. `planned` is what `kedit inspect
---mesh` counts for both, `off` how far from the compiler's sum. Of collectives, a loop's body counts once. `factored` lists
-factorizations and triangular solves on the chip.
+Written by `python -m experiments.scale.tpu` (numbers in `results/tpu.json`); jax {metadata.version("jax")}. Compiled ahead
+of time, from shapes: nothing was run on a TPU, so there are no speeds. bfloat16 weights, {REQUESTS} requests of CounterFact's
+lengths in {PREFIXES + 1} contexts on each share of `data`, 25 steps; moments of {MOMENT_ROWS} rows of {MOMENT_TOKENS} tokens a
+share. GiB a chip, as the compiler plans them: arguments (the model, above all), and what is temporary. `planned` is what
+`kedit inspect --mesh` counts for both, `off` how far that is from the compiler's sum. Of collectives, a loop's body counts
+once. `factored` lists factorizations and triangular solves on the chip.
 
 {table(found)}
 
-- The largest program is the target values'. A session holds the edited kernels' stack beside it (row "the host's kernel written").
-- No program gathers or copies a stack of all layers: stacks gathered {sum(one.get("stacks_gathered", 0) for one in found)},
-  copied for each part {sum(one.get("copies_of_stacks", 0) for one in found)}. Both happened before layers were said to rest
-  where they lie (4.1 GiB beside Llama-3-8B's 0.9) and before the choice that ends the optimisation was left out (3.8 GiB).
-- The solve is not here: it is done by the hosts in float64, and a chip sees nothing of it but the new kernel.
+- The largest program is that of the target values. Beside it a session holds the stack of edited kernels (the row "the
+  host's kernel written").
+- Stacks of all layers that are gathered whole, or copied for each part: {whole} in the {len(looked)} programs that were looked
+  through for them. Both happened before layers were said to rest where they lie (4.1 GiB beside Llama-3-8B's 0.9) and before
+  the choice that ends the optimisation was left out on meshes (3.8 GiB).
+- The solve is not here: hosts do it in float64, and a chip sees nothing of it but the new kernel.
 """
 
 
