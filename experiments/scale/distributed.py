@@ -264,7 +264,8 @@ accelerators, processes of one machine for hosts. The embedded model is read ont
 {TOKENS} tokens are summed, {FACTS} facts are written and saved, {FACTS} more, one is taken back, and all is saved again.
 Errors are relative (Frobenius, the worse of {len(LAYERS)} layers), against one device without a mesh; "steps" is the distance
 of the sum of the session's steps from the one-time edit of its facts. Allowed for kernels and steps are
-{BOUNDS["float32"]["kernels"]:g} and {BOUNDS["float32"]["solver"]:g} in float32, {BOUNDS["float64"]["kernels"]:g} for everything in float64.
+{BOUNDS["float32"]["kernels"]:g} and {BOUNDS["float32"]["solver"]:g} in float32; in float64
+{BOUNDS["float64"]["kernels"]:g} for everything.
 
 {table(found)}
 
