@@ -262,8 +262,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
 Written by `python -m experiments.scale.distributed` (numbers in `results/distributed.json`). CPU devices stand in for
 accelerators, processes of one machine for hosts. The embedded model is read onto the mesh part by part, moments of
 {TOKENS} tokens are summed, {FACTS} facts are written and saved, {FACTS} more, one is taken back, and all is saved again.
-Errors are relative (Frobenius, the worse of {len(LAYERS)} layers), against one device without a mesh; "steps" is the distance
-of the sum of the session's steps from the one-time edit of its facts. Allowed for kernels and steps are
+Errors are relative (Frobenius, the worse of {len(LAYERS)} layers), against one device without a mesh; "steps" is the
+distance of the sum of the session's steps from the one-time edit of its facts. Allowed for kernels and steps are
 {BOUNDS["float32"]["kernels"]:g} and {BOUNDS["float32"]["solver"]:g} in float32; in float64
 {BOUNDS["float64"]["kernels"]:g} for everything.
 

@@ -258,19 +258,20 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     return f"""# What the TPU compiler says
 
 Written by `python -m experiments.scale.tpu` (numbers in `results/tpu.json`); jax {metadata.version("jax")}.
-Compiled ahead of time, from shapes: nothing was run on a TPU, so there are no speeds. bfloat16 weights, {REQUESTS} requests
-of CounterFact's lengths in {PREFIXES + 1} contexts on each share of `data`, 25 steps; moments of {MOMENT_ROWS} rows of
-{MOMENT_TOKENS} tokens a share. GiB a chip, as the compiler plans them: arguments (the model, above all), and what is temporary. `planned` is what
-`kedit inspect --mesh` counts for both, `off` how far that is from the compiler's sum. Of collectives, a loop's body counts
-once. `factored` lists factorizations and triangular solves on the chip.
+Compiled ahead of time, from shapes: nothing was run on a TPU, so there are no speeds. bfloat16 weights,
+{REQUESTS} requests of CounterFact's lengths in {PREFIXES + 1} contexts on each share of `data`, 25 steps;
+moments of {MOMENT_ROWS} rows of {MOMENT_TOKENS} tokens a share. GiB a chip, as the compiler plans them:
+arguments (the model, above all), and what is temporary. `planned` is what `kedit inspect --mesh` counts for both, `off`
+how far that is from the compiler's sum. Of collectives, a loop's body counts once. `factored` lists factorizations and
+triangular solves on the chip.
 
 {table(found)}
 
 - The largest program is that of the target values. Beside it a session holds the stack of edited kernels (the row "the
   host's kernel written").
-- Stacks of all layers that are gathered whole, or copied for each part: {whole} in the {len(looked)} programs that were
-  looked through for them. Both happened before layers were said to rest where they lie (4.1 GiB beside Llama-3-8B's 0.9) and before
-  the choice that ends the optimisation was left out on meshes (3.8 GiB).
+- Stacks of all layers that are gathered whole, or copied for each part: {whole} in the
+  {len(looked)} programs that were looked through for them. Both happened before layers were said to rest where they lie
+  (4.1 GiB beside Llama-3-8B's 0.9) and before the choice that ends the optimisation was left out on meshes (3.8 GiB).
 - The solve is not here: hosts do it in float64, and a chip sees nothing of it but the new kernel.
 """
 
