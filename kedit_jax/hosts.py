@@ -46,7 +46,12 @@ def initialize(
         _reach(coordinator, 0 if number == 0 else timeout)
     try:
         jax.distributed.initialize(
-            coordinator, count, number, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+            coordinator,
+            count,
+            number,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
         )
         jax.devices()  # where processes have met and their devices have not, the first product would wait for ever
     except (ValueError, RuntimeError) as error:
