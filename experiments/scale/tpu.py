@@ -184,7 +184,16 @@ def compiled(lower: Callable[[], Any], layers: int) -> dict[str, Any]:
         "temporary": memory.temp_size_in_bytes,
         "output": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "compile_s": round(time.process_time() - began, 1),
-    } | read(program.as_text(), layers)
+    } | _read_program(program, layers)
+
+
+def _read_program(program: Any, layers: int) -> dict[str, Any]:
+    import jax
+
+    try:
+        return read(program.as_text(), layers)
+    except jax.errors.JaxRuntimeError as error:  # some of v6e's asynchronous instructions have no text in jax 0.10.2
+        return {"unreadable": str(error).strip().splitlines()[0][:200]}
 
 
 def read(text: str, layers: int) -> dict[str, Any]:
@@ -242,6 +251,8 @@ def _row(one: dict[str, Any]) -> str:
         cells += [f"{plan / GIB:.2f}", f"{100 * (plan / (one['arguments'] + one['temporary']) - 1):+.0f} %"]
     else:
         cells += ["", ""]
+    if "unreadable" in one:
+        return "| " + " | ".join([*cells, "its text cannot be read", ""]) + " |"
     collectives = ", ".join(f"{count} {kind}" for kind, count in sorted(one["collectives"].items())) or "none"
     return "| " + " | ".join([*cells, collectives, ", ".join(one["factored"]) or "nothing"]) + " |"
 
