@@ -6,8 +6,8 @@ Which operation comes, and on which facts, is drawn from the seed, the operation
 that was interrupted goes on with the same ones. Every operation leaves one event, so the stored session says how many are
 done; the log beside it holds what was measured.
 
-A part is one process unless it is interrupted, which is what a service would be. Between the two parts, the day's facts are all taken
-back on a copy: that must give the original kernels bit for bit.
+A part is one process unless it is interrupted, which is what a service would be. Between the two parts, the day's facts are
+all taken back on a copy: that must give the original kernels bit for bit.
 """
 
 import dataclasses

@@ -298,7 +298,7 @@ def report(result: Mapping[str, Any]) -> str:
     evening = next(line for line in day_ if line.get("part") == "evening")
     plan = result["plan"]
     cosines = loaded["cosines"]
-    left = next(verdict for verdict in result["verdicts"]["steps"] if verdict["curve"].startswith("memory that savings"))
+    left = [v["measured"] * told[-1]["recorded_mib"] for v in result["verdicts"]["steps"] if v["curve"] == steps.LEFT]
     return REPORT.format(
         n=f"{plan['steps']['steps']:,}",
         records=f"{result['records']:,}",
@@ -315,7 +315,7 @@ def report(result: Mapping[str, Any]) -> str:
         last=f"{told[-1]['error']:.1e}",
         naive=f"{told[-1]['error_naive']:.2f}",
         float32=f"{told[-1]['error_float32']:.1e}",
-        left=left["measured"] * told[-1]["recorded_mib"],
+        left=sum(left),
         largest=told[-1]["recorded_mib"],
         disk=f"{told[-1]['disk_bytes'] / 2**20:.0f}",
         load=f"{loaded['loaded_s']:.0f}",
@@ -327,9 +327,9 @@ def report(result: Mapping[str, Any]) -> str:
 
 REPORT = """# Soak
 
-Written by `python -m experiments.scale.soak` (numbers in `results/soak.json`; seed {seed}; {hardware}; {minutes} CPU minutes,
-without the fresh fits of the other process and the target values, where those were kept). A run that is interrupted goes on
-where it was.
+Written by `python -m experiments.scale.soak` (numbers in `results/soak.json`; seed {seed}; {hardware}; {minutes} CPU
+minutes, without the fresh fits of the other process and the target values, where those were kept). A run that is
+interrupted goes on where it was.
 
 ![curves](results/soak.png)
 
@@ -355,8 +355,9 @@ nothing. Probably the storage layer's threads' allocators keep it, beside what g
 
 ## A day and a night
 
-The session is stored under its lock after every operation and loaded anew every few. {day} operations by day; in the evening all {taken} facts are taken back on a copy, which must give the original kernels bit for bit; {night}
-operations by night, on the same facts, compacting every {compact}.
+The session is stored under its lock after every operation and loaded anew every few. {day} operations by day; in the
+evening all {taken} facts are taken back on a copy, which must give the original kernels bit for bit; {night} operations by
+night, on the same facts, compacting every {compact}.
 
 {session}
 {operations}

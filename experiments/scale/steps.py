@@ -40,6 +40,10 @@ Tick = Callable[[int], None]
 FIRST = (1, 2, 5, 10, 20, 50, 100)
 """Steps that are measured beside those evenly spaced."""
 
+LEFT = "memory that savings leave behind, over the largest one's constraints"
+SEEN = 10
+"""MiB from which on a session shows in the memory of a process."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -259,7 +263,7 @@ def verdicts(lines: Sequence[dict[str, Any]], rank: int, save_every: int) -> lis
         ),
         flat("CPU s a step, past the crossover", steps, [line["mean_s"] for line in late], 0.25, "s"),
         between_saves(late, save_every),
-        at_most("memory that savings leave behind, over the largest one's constraints", [max(beyond) / largest], 3),
+        *([at_most(LEFT, [max(beyond) / largest], 3)] if largest > SEEN else []),
         at_most("solver's state over what `state_size` promises", [x["state_mib"] / x["promised_mib"] for x in told], 1.0),
         flat("bytes on disk a fact", [line["step"] for line in saved], per_fact, 0.05, "B"),
         *([at_least("loaded as it was stored, bit for bit", ends, 1)] if ends else []),
