@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -189,6 +190,6 @@ def _whole(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
+@partial(jax.jit, static_argnames="sharding")
 def _everywhere(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    moved: jax.Array = jax.jit(lambda x: x, out_shardings=sharding)(leaf)
-    return moved
+    return jax.lax.with_sharding_constraint(leaf, sharding)
