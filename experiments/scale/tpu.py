@@ -282,8 +282,6 @@ triangular solves on the chip.
   would take 0.9 GiB of a chip. Both happened before layers were said to rest where they lie (4.1 GiB beside the model's
   0.9) and before the choice that ends the optimisation was left out on meshes (3.8 GiB). The tests look for both in the
   programs of a tiny model.
-- On v6e the target values of Llama-3-8B take 0.94 + 0.52 GiB, for which the plan says 1.78, 22 % more; that run was stopped
-  after its first program, and v5p has not been asked.
 - The solve is not here: hosts do it in float64, and a chip sees nothing of it but the new kernel.
 """
 
