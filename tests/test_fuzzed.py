@@ -1,6 +1,8 @@
 """The quick form of `python -m experiments.scale.fuzz`: the same flaws, fewer of them, the same ones every time."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ NAMES = (
     *("corpus", "sums", "manifest", "session", "arrays", "moments", "prior", "delta", "export"),
 )
 QUICK, SLOW = 50, 10  # inputs of a target
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +72,30 @@ def test_negative_control_what_no_user_can_read_is_found(tmp_path: Path) -> None
     def read(data: bytes, folder: Path) -> object:
         if b"x" not in data:
             raise KeyError(data)
-        if data.count(b"x") > 3:
-            bytearray(300 * 2**20)[:: 2**12] = b"1" * (300 * 2**8)
         return data
 
     watch = watched(Target("control", "", (b"xxx",), read), tmp_path)
     assert any(what.startswith("KeyError in test_fuzzed.py:read") for what in watch.tally.findings)
-    watch.give(b"xxxx")
-    assert "memory" in watch.tally.findings
+
+
+def test_negative_control_what_takes_memory_is_found(tmp_path: Path) -> None:
+    """In a process of its own: the peak of one that has held gigabytes says nothing of some hundred MiB more."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        from experiments.scale.fuzz import Watch
+        from experiments.scale.hostile import Target
+
+        def read(data, folder):
+            if data == b"large":
+                bytearray(300 * 2**20)[:: 2**12] = b"1" * (300 * 2**8)
+
+        watch = Watch(Target("control", "", (b"",), read), "hypothesis", Path(sys.argv[1]), Path(sys.argv[1]) / "tally")
+        for data in (b"small", b"large"):
+            watch.give(data)
+            print(sorted(watch.tally.findings))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines() == ["[]", "['memory']"], done.stderr

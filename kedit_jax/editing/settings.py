@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,10 +192,24 @@ class EditSettings:
         problems += [*_wrong_types(cls, stored), *_wrong_types(ValueSettings, stored.get("values", {}), "values.")]
         if problems:
             raise KeditError.listing("unusable settings:", problems)
-        changes = dict(stored)
+        changes = _with_floats(cls, stored)
         if "values" in changes:
-            changes["values"] = ValueSettings(**changes["values"])
+            changes["values"] = ValueSettings(**_with_floats(ValueSettings, changes["values"]))
         return cls(**{**changes, "layers": tuple(stored["layers"])})
+
+
+LARGEST = int(sys.float_info.max)
+
+
+def _kinds(declared: Any) -> tuple[Any, ...]:
+    """The types that a field is declared with."""
+    return get_args(declared) if isinstance(declared, UnionType) else (declared,)
+
+
+def _with_floats(declaring: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with whole numbers made floats where those are declared."""
+    floats = {item.name for item in dataclasses.fields(declaring) if float in _kinds(item.type)}
+    return {name: float(value) if name in floats and value is not None else value for name, value in stored.items()}
 
 
 def _wrong_types(declaring: type[Any], stored: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -206,12 +221,14 @@ def _wrong_types(declaring: type[Any], stored: Mapping[str, Any], prefix: str = 
         if item.name not in stored:
             continue
         value, declared = stored[item.name], item.type
-        options = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+        options = _kinds(declared)
         kinds = [kind for kind in options if kind in names]
         if not kinds or (value is None and type(None) in options):
             continue
         if not isinstance(value, accepted[kinds[0]]) or (isinstance(value, bool) and kinds[0] is not bool):
             problems.append(f"{prefix}{item.name} is {shown(value)}; it must be {names[kinds[0]]}")
+        elif kinds[0] is float and isinstance(value, numbers.Integral) and abs(int(value)) > LARGEST:
+            problems.append(f"{prefix}{item.name} is {shown(value)}, which no float holds")
     return problems
 
 
