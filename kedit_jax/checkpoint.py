@@ -65,19 +65,19 @@ def lock_session(folder: str | Path) -> Iterator[SessionLock]:
     """
     folder = Path(folder).absolute()
     with contextlib.ExitStack() as held:
-        hosts.on_first(lambda: _lock(held, folder))
+
+        def lock() -> None:
+            try:
+                held.enter_context(files.locked(folder))
+            except BlockingIOError as error:
+                raise SessionError(
+                    f"the session in {str(folder)!r} is being written by {error}; end it or wait until it is done"
+                ) from None
+            except OSError as error:
+                raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; nothing was stored") from error
+
+        hosts.on_first(lock)
         yield SessionLock(folder)
-
-
-def _lock(held: contextlib.ExitStack, folder: Path) -> None:
-    try:
-        held.enter_context(files.locked(folder))
-    except BlockingIOError as error:
-        raise SessionError(
-            f"the session in {str(folder)!r} is being written by {error}; end it or wait until it is done"
-        ) from None
-    except OSError as error:
-        raise SessionError(f"cannot save the session to {str(folder)!r}: {error}; nothing was stored") from error
 
 
 def save_session(
@@ -103,17 +103,17 @@ def save_session(
     if lock is not None and lock.folder != folder:
         raise SessionError(f"the lock is on {str(lock.folder)!r}, not on {str(folder)!r}; lock the folder that is written")
     arrays = _arrays(session)
-    with contextlib.ExitStack() as held:
-        saving = _Saving(folder, arrays, _manifest(session) | {"arrays": _digest(arrays)})
-        partial = hosts.on_first(saving.told(lambda: saving.begin(session, None if lock is not None else held, overwrite)))
+    saving = _Saving(folder, arrays, _manifest(session) | {"arrays": _digest(arrays)})
+    with contextlib.nullcontext() if lock is not None else lock_session(folder):
+        partial = hosts.on_first(saving.told(lambda: saving.begin(session, overwrite)))
         saving.store(Path(partial))
         return Path(hosts.on_first(saving.told(saving.finish)))
 
 
 @dataclass
 class _Saving:
-    """A version being written: the first process makes room for it, all hand their arrays to Orbax, which waits for all, and
-    the first one gives the version its name."""
+    """A version being written in a folder that is locked: the first process makes room for it, all hand their arrays to
+    Orbax, which waits for all, and the first one gives the version its name."""
 
     folder: Path
     arrays: dict[str, Any]
@@ -127,20 +127,17 @@ class _Saving:
         def guarded() -> Path:
             try:
                 return work()
-            except SessionError:
-                _sweep(self.folder)
-                raise
             except Exception as error:
                 _sweep(self.folder)
+                if isinstance(error, SessionError):
+                    raise
                 kept = f"version {self.before[-1].name} is intact" if self.before else "nothing was stored"
                 raise SessionError(f"cannot save the session to {str(self.folder)!r}: {error}; {kept}") from error
 
         return guarded
 
-    def begin(self, session: EditSession, held: contextlib.ExitStack | None, overwrite: bool) -> Path:
-        """Room for the next version; the folder is locked until `held` is left, or was before."""
-        if held is not None:
-            _lock(held, self.folder)
+    def begin(self, session: EditSession, overwrite: bool) -> Path:
+        """Room for the next version."""
         self.before = _versions(self.folder)
         stored = _read_manifest(self.before[-1]) if self.before else None
         if stored is not None and not overwrite:

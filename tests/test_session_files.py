@@ -108,6 +108,16 @@ def test_a_second_writer_is_told_who_is_the_first(
     assert not has_session(tmp_path)
 
 
+def test_a_second_writer_touches_nothing_of_the_first(
+    holder: subprocess.Popen[str], history: list[EditSession], tmp_path: Path
+) -> None:
+    unfinished = tmp_path / ".writing-00000001" / "arrays"
+    unfinished.mkdir(parents=True)
+    with pytest.raises(SessionError, match="wait"):
+        save_session(history[1], tmp_path)
+    assert unfinished.is_dir(), "the first is still writing it"
+
+
 @pytest.mark.parametrize("end", ["killed", "done"])
 def test_a_lock_ends_with_its_process(
     holder: subprocess.Popen[str], history: list[EditSession], tmp_path: Path, end: str
