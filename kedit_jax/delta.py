@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from kedit_jax.errors import KeditError
-from kedit_jax.hosts import one_of, to_host
+from kedit_jax.hosts import laid_out, one_of, to_host
 from kedit_jax.models.paths import dotted
 
 Params = TypeVar("Params")
@@ -251,16 +251,12 @@ def _beside(stack: Any, kernel: Any) -> tuple[Any, NamedSharding | None]:
     sharding = _mesh_of(stack)
     if sharding is None or not isinstance(kernel, np.ndarray):
         return kernel, sharding
-    return _placed(kernel, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))), sharding
+    return laid_out(kernel, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))), sharding
 
 
 def _put_whole(kernel: Any, leaf: Any) -> Array:
     sharding = _mesh_of(leaf)
-    return jnp.asarray(kernel) if sharding is None else _placed(np.asarray(kernel), sharding)
-
-
-def _placed(kernel: np.ndarray, sharding: NamedSharding) -> Array:
-    return jax.make_array_from_callback(kernel.shape, sharding, kernel.__getitem__)
+    return jnp.asarray(kernel) if sharding is None else laid_out(np.asarray(kernel), sharding)
 
 
 def _add(params: Params, edits: EditDelta, sign: float) -> Params:

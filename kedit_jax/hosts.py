@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Float
 
 from kedit_jax import errors
@@ -107,6 +107,11 @@ def leave(status: int) -> None:
 def to_host(tree: Any) -> Any:
     """The arrays of a tree in NumPy, whole on every process, wherever their parts lie."""
     return jax.tree.map(_whole, tree)
+
+
+def laid_out(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that every process holds, on the devices; each hands over what its own ones hold."""
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def gathered(text: str) -> list[str]:

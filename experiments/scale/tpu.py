@@ -129,7 +129,7 @@ def programs(name: str, topology: str, data: int, model: int) -> Iterator[tuple[
     for keep in ("inputs", "products") if (name, topology) == BOTH else ("inputs",):
         yield (
             f"{VALUES}{keep}",
-            partial(values._advanced_on_mesh.lower, decoder, stack, None, top, values.ValueSettings(), keep, None, 0),
+            partial(values._advanced.lower, decoder, stack, None, top, values.ValueSettings(), keep, None, 0),
         )
     stream = jax.eval_shape(keys.enter, decoder, stack)
     stream = jax.tree.map(lambda leaf: shaped(leaf.shape, leaf.dtype, PartitionSpec("data")), stream)

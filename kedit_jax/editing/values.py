@@ -16,7 +16,7 @@ large as the logits.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +177,7 @@ def optimise_in_rounds(
         leave = smaller.requests if parts[0].layout.n_requests > FEW else 0
         begun = [(part.layout, part.begun()) for part in parts]
         (stack,) = together(model.spread, begun)
-        run = _advanced if model.spread is None else _advanced_on_mesh
-        after = run(model, *stack, layer, settings, keep, dtype, leave)
+        after = _advanced(model, *stack, layer, settings, keep, dtype, leave)
         for part, (values, state) in zip(parts, apart(model.spread, [after], len(parts)), strict=True):
             part.take(values, state)
         if not any(part.left for part in parts):
@@ -260,22 +259,16 @@ def _advance(
     return Values(z, end.nll_before, end.nll, end.loss, end.updates, _length(end.delta) / norm), end
 
 
-def _advance_on_mesh(
-    model: Decoder,
-    layouts: Layout,
-    begun: _Progress | None,
-    layer: int,
-    settings: ValueSettings,
-    keep: Keep,
-    dtype: str | None,
-    leave: int,
-) -> tuple[Values, _Progress]:
-    """`_advance` of stacked parts, each on its share of the mesh, until all are where it would end."""
+def _advance_all(model: Decoder, layouts: Layout, begun: _Progress | None, *rest: Any) -> tuple[Values, _Progress]:
+    """`_advance` of a layout; of a model on a mesh, of stacked ones, each on its share, until all are where it would end."""
 
     def one(layout: Layout, begun: _Progress | None) -> tuple[Values, _Progress]:
-        return _advance(model, layout, begun, layer, settings, keep, dtype, leave)
+        return _advance(model, layout, begun, *rest)
 
-    return on_shares(model.spread, one, layouts, begun)
+    return one(layouts, begun) if model.spread is None else on_shares(model.spread, one, layouts, begun)
+
+
+_advanced = jax.jit(_advance_all, static_argnums=range(3, 8))
 
 
 def _unless(
@@ -284,11 +277,6 @@ def _unless(
     """The gradient unless all have ended; of parts that end at different steps always: a choice for each part would give
     each a copy of the model."""
     return uphill() if always else jax.lax.cond(ended, lambda: jnp.zeros_like(delta), uphill)
-
-
-_STATIC = ("layer", "settings", "keep", "dtype", "leave")
-_advanced = jax.jit(_advance, static_argnames=_STATIC)
-_advanced_on_mesh = jax.jit(_advance_on_mesh, static_argnames=_STATIC)
 
 
 def _start(adam: optax.GradientTransformation, origin: Float[Array, "r d"], vocabulary: int) -> _Progress:

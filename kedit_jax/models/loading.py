@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike
 
 from kedit_jax.errors import CheckpointError
-from kedit_jax.hosts import one_of, to_host
+from kedit_jax.hosts import laid_out, one_of, to_host
 from kedit_jax.models.checkpoint_files import (
     CONFIG_FILE,
     PICKLES,
@@ -159,10 +159,7 @@ def abstract_decoder(config: ModelConfig, dtype: DTypeLike = jnp.float32, spread
 def on_mesh(model: Decoder, mesh: Mesh) -> Decoder:
     """A model that is in memory, laid out on a mesh; every process holds all of it before. `load_model` reads one there."""
     spread = Spread(mesh, model.config)
-    laid = {
-        path: jax.make_array_from_callback(value.shape, spread(path, value.shape), np.asarray(value).__getitem__)
-        for path, value in named_parameters(model).items()
-    }
+    laid = {path: laid_out(np.asarray(value), spread(path, value.shape)) for path, value in named_parameters(model).items()}
     return with_parameters(abstract_decoder(model.config, model.dtype, spread), laid)
 
 

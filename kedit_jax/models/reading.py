@@ -112,7 +112,7 @@ def _laid_out(
         yield paths[0], jax.make_array_from_callback(shape, _of_layer(cut[paths[0]], slot), read)
         return
     for path, part in zip(paths, slot.unpack(check.cast(name, stored.read())), strict=True):  # interleaved: read whole
-        yield path, jax.make_array_from_callback(part.shape, _of_layer(cut[path], slot), part.__getitem__)
+        yield path, hosts.laid_out(part, _of_layer(cut[path], slot))
 
 
 def _of_layer(cut: NamedSharding, slot: Slot) -> NamedSharding:
@@ -129,7 +129,7 @@ def _placed(value: Array | np.ndarray, where: Where | None) -> Array:
     if not isinstance(value, np.ndarray):
         return value
     if isinstance(where, NamedSharding):
-        return jax.make_array_from_callback(value.shape, where, value.__getitem__)
+        return hosts.laid_out(value, where)
     return jnp.asarray(value) if where is None else jax.device_put(value, where)
 
 

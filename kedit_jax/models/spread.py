@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from kedit_jax.errors import KeditError
-from kedit_jax.hosts import to_host
+from kedit_jax.hosts import laid_out, to_host
 from kedit_jax.models.config import ModelConfig
 from kedit_jax.models.paths import dotted
 
@@ -124,9 +124,7 @@ class Spread:
 
         def place(leaf: Any) -> Array:
             host = np.asarray(leaf)
-            return jax.make_array_from_callback(
-                host.shape, NamedSharding(self.mesh, P(*axes[: host.ndim])), host.__getitem__
-            )
+            return laid_out(host, NamedSharding(self.mesh, P(*axes[: host.ndim])))
 
         return jax.tree.map(place, tree)
 

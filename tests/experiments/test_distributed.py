@@ -1,6 +1,5 @@
 """Meshes of devices and processes in small: what `python -m experiments.scale.distributed` runs in full."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -72,4 +71,3 @@ def test_negative_control_a_death_that_nobody_notices_is_bad(
 
     monkeypatch.setattr(distributed, "run", pretended)
     assert not compared(QUICK[0], tmp_path, home / "single-float32")["good"]
-    assert json.dumps(found)
