@@ -65,10 +65,10 @@ def memory_items(
     layers, n, v = len(settings.layers), config.d_ff, config.d_model
     itemsize = np.dtype(dtype).itemsize
     stack = (config.n_layers, n, v)
-    cut = 1 if spread is None else math.prod(stack) // share(spread.mesh, spread.at_rest(DOWN, stack), stack)
+    kernels = math.prod(stack) if spread is None else share(spread.mesh, spread.at_rest(DOWN, stack), stack)
     return [
         Item("model", "device", device_bytes(config, spread, itemsize)),
-        Item("edited kernels, all layers stacked", "device", math.prod(stack) // cut * itemsize),
+        Item("edited kernels, all layers stacked", "device", kernels * itemsize),
         Item("value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize, spread), False),
         Item("second moments", "host", layers * n * n * WIDE),
         Item("factors of the priors", "host", layers * n * n * WIDE),

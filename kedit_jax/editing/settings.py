@@ -33,6 +33,7 @@ MOST: Mapping[str, int] = {
     "values.steps": 1_000_000,
 }
 """Beyond these a file of settings is broken, or meant to keep a machine busy."""
+LARGEST = int(sys.float_info.max)  # of whole numbers that stand for floats
 
 UNCOMPENSATED = ("unaligned", "latest-simplified")
 """Histories without a solution of their own that a step's post-processing error could be measured against."""
@@ -196,9 +197,6 @@ class EditSettings:
         if "values" in changes:
             changes["values"] = ValueSettings(**_with_floats(ValueSettings, changes["values"]))
         return cls(**{**changes, "layers": tuple(stored["layers"])})
-
-
-LARGEST = int(sys.float_info.max)
 
 
 def _kinds(declared: Any) -> tuple[Any, ...]:
