@@ -59,11 +59,8 @@ def enter(model: Decoder, layout: Layout) -> Stream:
 
 
 def _enter(model: Decoder, layout: Layout) -> Stream:
-    n_rows, end = layout.n_contexts + 1, layout.n_prefix + 1
-    tokens, valid = (
-        jnp.asarray(part).reshape(-1, n_rows, part.shape[1])[:, :-1, :end].reshape(-1, end)
-        for part in (layout.tokens, layout.valid)
-    )
+    prompts, columns = slice(layout.n_prompts), slice(layout.n_prefix + 1)
+    tokens, valid = (jnp.asarray(part)[prompts, columns] for part in (layout.tokens, layout.valid))
     rows = layout.packed.contexts
     positions = pack(rows, positions_of(valid))
     return Stream(model.embed(pack(rows, tokens), positions), None, positions, causal_mask(valid), rows, layout.packed.bare)

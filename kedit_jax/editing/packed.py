@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How large a layout's arrays are: requests, their rows, columns before and from the subjects' last tokens, columns of
+    """How large a layout's arrays are: requests, rows, columns before and from the subjects' last tokens, columns of
     targets, and the packed tokens of each part (see `Packed`)."""
 
     requests: int
@@ -42,23 +42,24 @@ class Sizes(NamedTuple):
     contexts: int
     bare: int
 
-    def fraction(self, share: int) -> "Sizes":
+    def fraction(self, share: int, n_contexts: int) -> "Sizes":
         """Those of one in `share` of the requests, with room for longer ones."""
         requests = -(-self.requests // share)
-        exact = {"requests": requests, "rows": self.rows // self.requests * requests}
+        own = min(requests, -(-int(LONGER * (self.rows - self.requests * n_contexts)) // share))
+        exact = {"requests": requests, "rows": requests * n_contexts + own}
         columns = {"prefix": self.prefix, "suffix": self.suffix, "targets": self.targets}
         return Sizes(*(-(-int(LONGER * size) // share) for size in self))._replace(**exact, **columns)
 
 
 class Packed(NamedTuple):
-    """Packed tokens of the R * (C + 1) rows of a layout.
+    """Packed tokens of the R * C + K rows of a layout.
 
     Attributes:
         whole: all rows; tokens with the same beginning are one.
         before: of those, what precedes the subjects' last tokens.
         after: of those, the subjects' last tokens, in the order of the rows, then what follows them. No two rows share one.
-        scored: rows [R * (C + 1), A] of the tokens whose logits are read: those of the KL rows first.
-        contexts: the rows without the KL rows, up to the subjects' last tokens.
+        scored: rows [R * C + K, 1 + A] of the tokens whose logits are read: those of the KL prompts first, in column 0.
+        contexts: the rows without those of the KL prompts, up to the subjects' last tokens.
         bare: of those, the rows of the bare prompts.
     """
 
@@ -74,6 +75,7 @@ def pack_rows(
     tokens: Int[np.ndarray, "rows columns"],
     valid: Bool[np.ndarray, "rows columns"],
     scored: Bool[np.ndarray, "rows a"],
+    kl_rows: Int[np.ndarray, " r"],
     *,
     n_prefix: int,
     n_contexts: int,
@@ -82,23 +84,30 @@ def pack_rows(
     """The packed tokens of aligned rows: see `kedit_jax.editing.tokens.Layout` for the arguments.
 
     Args:
-        scored: which targets of each row are real; KL rows have none, and are scored at their first column.
+        scored: which targets of each row are real.
         held: sizes to use once more, as `at_least` says.
     """
     sizes = dict.fromkeys(Sizes._fields) if held is None else held._asdict()
     nodes = _trie(tokens, valid)
-    is_kl = np.arange(len(tokens)) % (n_contexts + 1) == n_contexts
-    prompts = nodes[~is_kl, : n_prefix + 1], valid[~is_kl, : n_prefix + 1]
+    n_prompts = len(kl_rows) * n_contexts
+    prompts = nodes[:n_prompts, : n_prefix + 1], valid[:n_prompts, : n_prefix + 1]
     contexts = _shared(*prompts, sizes["contexts"])
     places = _own_places(*prompts, np.asarray(contexts.places))
-    scored = scored.copy()
-    scored[is_kl, 0] = True
-    suffix = nodes[:, n_prefix:], valid[:, n_prefix:]
+    suffix, used = nodes[:, n_prefix:], valid[:, n_prefix:]
+    width = 1 + scored.shape[1]
+    kl = np.zeros((len(nodes), 1), bool)
+    kl[kl_rows] = True
+    targets = np.flatnonzero(np.concatenate([np.zeros_like(kl), scored], axis=1))
     return Packed(
         whole=_shared(nodes, valid, sizes["whole"]).packing,
         before=_shared(nodes[:, :n_prefix], valid[:, :n_prefix], sizes["before"]),
-        after=_one_to_one(*suffix, np.arange(suffix[0].shape[1]) == 0, sizes["after"]),
-        scored=_one_to_one(np.zeros(scored.shape, np.int64), scored, is_kl[:, None], sizes["scored"]).packing,
+        after=_one_to_one(suffix, used, _first_column_first(used), sizes["after"]),
+        scored=_one_to_one(
+            np.zeros((len(nodes), width), np.int64),
+            np.concatenate([kl, scored], axis=1),
+            np.concatenate([kl_rows * width, targets]),
+            sizes["scored"],
+        ).packing,
         contexts=contexts.packing,
         bare=_shared(places[::n_contexts], prompts[1][::n_contexts], sizes["bare"]),
     )
@@ -138,9 +147,14 @@ def _shared(nodes: np.ndarray, used: np.ndarray, held: int | None) -> Part:
     return _part(slots, used, homes[first], places, size, shared=True)
 
 
-def _one_to_one(nodes: np.ndarray, used: np.ndarray, first: np.ndarray, held: int | None) -> Part:
-    """Every node in use, those marked by `first` before the others, row by row."""
-    homes = np.concatenate([np.flatnonzero(used & first), np.flatnonzero(used & ~first)])
+def _first_column_first(used: np.ndarray) -> np.ndarray:
+    """Where the columns in use stand, those of the first column before the others, row by row."""
+    first = np.arange(used.shape[1]) == 0
+    return np.concatenate([np.flatnonzero(used & first), np.flatnonzero(used & ~first)])
+
+
+def _one_to_one(nodes: np.ndarray, used: np.ndarray, homes: np.ndarray, held: int | None) -> Part:
+    """Every node in use, in the order of their `homes`."""
     slots = np.zeros(used.shape, np.int64)
     slots.reshape(-1)[homes] = np.arange(len(homes))
     size = at_least(len(homes), room(len(homes), FINE), held)

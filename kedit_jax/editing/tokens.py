@@ -108,23 +108,26 @@ def _locate(passage: Passage, offsets: Sequence[tuple[int, int]], special: Seque
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "valid", "targets", "target_weights", "target_columns", "packed"],
+    data_fields=["tokens", "valid", "targets", "target_weights", "target_columns", "kl_rows", "owners", "packed"],
     meta_fields=["n_prefix", "n_contexts"],
 )
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Token rows of a batch of requests, aligned so that every subject ends in the same column.
 
-    Row `r * (n_contexts + 1) + c` is request r in context c; the last of its rows is the KL prompt, cut behind the
-    subject. Columns before `n_prefix` hold what precedes the subject's last token, padded on the left; column `n_prefix`
-    holds that token; the columns behind it the rest of the prompt and the target but its last token (nothing follows from
-    it), padded on the right.
+    Row `r * n_contexts + c` is request r in context c, the bare prompt first. Behind them stand the KL prompts, cut behind
+    the subject, of the requests whose bare prompt does not begin with it; the others' subject ends in both alike. Columns
+    before `n_prefix` hold what precedes the subject's last token, padded on the left; column `n_prefix` holds that token;
+    the columns behind it the rest of the prompt and the target but its last token (nothing follows from it), padded on the
+    right.
 
     Attributes:
         tokens, valid: [rows, columns] token ids and which of them are real.
         targets: [rows, A] the target's tokens, padded with 0.
         target_weights: [rows, A] 1 / (number of target tokens), 0 in padding and in KL rows.
         target_columns: [rows, A] the column, counted from `n_prefix`, whose logits predict each target token; in KL rows 0.
+        kl_rows: [R] the row in which each request's KL prompt stands.
+        owners: [K] the request of each row behind those of the contexts; the last ones may be padding, of the first request.
         packed: the same rows as packed tokens.
         n_prefix: the column of the subject's last token.
         n_contexts: prompts a request is optimised over: the bare one and one for each prefix.
@@ -135,6 +138,8 @@ class Layout:
     targets: Int[np.ndarray | jax.Array, "rows a"]
     target_weights: Float[np.ndarray | jax.Array, "rows a"]
     target_columns: Int[np.ndarray | jax.Array, "rows a"]
+    kl_rows: Int[np.ndarray | jax.Array, " r"]
+    owners: Int[np.ndarray | jax.Array, " k"]
     packed: Packed
     n_prefix: int
     n_contexts: int
@@ -142,7 +147,12 @@ class Layout:
     @property
     def n_requests(self) -> int:
         """R, those that pad the batch included."""
-        return int(self.tokens.shape[0]) // (self.n_contexts + 1)
+        return int(self.kl_rows.shape[0])
+
+    @property
+    def n_prompts(self) -> int:
+        """R * n_contexts: the rows of the prompts, which stand before those of the KL prompts."""
+        return self.n_requests * self.n_contexts
 
     @property
     def sizes(self) -> Sizes:
@@ -221,8 +231,16 @@ def align(requests: Sequence[Sequence[Encoded]], size: int | None = None, held: 
     to powers of two), and sizes that are `held` already used once more, so that batches share compiled programs.
     """
     padding = 0 if size is None else size - len(requests)
-    encoded = [row for rows in (*requests, *[requests[0]] * padding) for row in rows]
-    rows, n_contexts = len(encoded), len(requests[0]) - 1
+    requests, n_contexts = [*requests, *[requests[0]] * padding], len(requests[0]) - 1
+    prompts, kl_prompts = [row for rows in requests for row in rows[:-1]], [rows[-1] for rows in requests]
+    own = [r for r, rows in enumerate(requests) if not _begins(rows[0], rows[-1])]
+    again = None if held is None or held.requests != len(requests) else held.rows - len(prompts)
+    n_own = at_least(len(own), min(room(len(own), 1), len(requests)), again)
+    owners = np.array([*own, *[0] * (n_own - len(own))], np.int32)
+    kl_rows = n_contexts * np.arange(len(requests), dtype=np.int32)
+    kl_rows[own] = len(prompts) + np.arange(len(own))
+    encoded = prompts + [kl_prompts[r] for r in owners]
+    rows = len(encoded)
     inputs = [e.tokens[:-1] if e.target else e.tokens for e in encoded]
     n_prefix = max(1, *(e.subject_last for e in encoded))
     n_suffix = max(len(row) - e.subject_last for e, row in zip(encoded, inputs, strict=True))
@@ -244,5 +262,10 @@ def align(requests: Sequence[Sequence[Encoded]], size: int | None = None, held: 
         targets[row, :n] = e.target
         weights[row, :n] = 1 / max(n, 1)
         columns[row, :n] = e.n_prompt - e.subject_last - 1 + np.arange(n)
-    packed = pack_rows(tokens, valid, weights > 0, n_prefix=n_prefix, n_contexts=n_contexts, held=held)
-    return Layout(tokens, valid, targets, weights, columns, packed, n_prefix, n_contexts)
+    packed = pack_rows(tokens, valid, weights > 0, kl_rows, n_prefix=n_prefix, n_contexts=n_contexts, held=held)
+    return Layout(tokens, valid, targets, weights, columns, kl_rows, owners, packed, n_prefix, n_contexts)
+
+
+def _begins(bare: Encoded, kl: Encoded) -> bool:
+    """Whether the bare prompt is the KL prompt up to the end of the subject, as where no text precedes it."""
+    return bare.subject_last == kl.subject_last and bare.tokens[: len(kl.tokens)] == kl.tokens

@@ -173,7 +173,7 @@ def optimise_in_rounds(
     """
     parts = [_Round(rows, layout) for rows, layout in zip(requests, layouts, strict=True)]
     while True:
-        smaller = parts[0].layout.sizes.fraction(SHARE)
+        smaller = parts[0].layout.sizes.fraction(SHARE, parts[0].layout.n_contexts)
         leave = smaller.requests if parts[0].layout.n_requests > FEW else 0
         begun = [(part.layout, part.begun()) for part in parts]
         (stack,) = together(model.spread, begun)
@@ -311,11 +311,14 @@ def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
     )  # fmt: skip
 
     after, scored = packed.after, packed.scored
-    columns = jnp.asarray(layout.target_columns)
+    # before the targets' columns stands that of the KL prompts, the subjects' last tokens: of weight 0, its column 0
+    columns, targets, weights = (
+        jnp.pad(jnp.asarray(part), ((0, 0), (1, 0)))
+        for part in (layout.target_columns, layout.targets, layout.target_weights)
+    )
     scored_at = pack(scored, jnp.take_along_axis(jnp.asarray(after.packing.slots), columns, axis=1))
-    weights = jnp.asarray(layout.target_weights) / layout.n_contexts
     suffix, where, rows = h[:, after.places], positions[:, after.places], len(valid)
-    origin = suffix[0, : rows : layout.n_contexts + 1]
+    origin = suffix[0, : layout.n_prompts : layout.n_contexts]
     origin = origin.astype(jnp.promote_types(h.dtype, jnp.float32))  # delta is optimised in no less
     return _Problem(
         suffix=suffix,
@@ -326,8 +329,8 @@ def _prepare(model: Decoder, layout: Layout, layer: int) -> _Problem:
         mask=mask[:, cut:],
         scored_at=scored_at,
         scored_mask=jnp.take_along_axis(mask[:, cut:], columns[:, :, None], axis=1),
-        targets=pack(scored, jnp.asarray(layout.targets))[0],
-        weights=pack(scored, weights)[0].astype(origin.dtype),
+        targets=pack(scored, targets)[0],
+        weights=(pack(scored, weights)[0] / layout.n_contexts).astype(origin.dtype),
     )
 
 
@@ -347,7 +350,8 @@ def _hidden(
     """The last block's output at the scored tokens, with delta added to block `layer`'s at the subjects' last tokens."""
     above, n_layers, after = layer + 1, model.config.n_layers, layout.packed.after.packing
     rows = layout.tokens.shape[0]
-    added = jnp.repeat(delta, layout.n_contexts + 1, axis=0).astype(problem.suffix.dtype)
+    added = jnp.concatenate([jnp.repeat(delta, layout.n_contexts, axis=0), delta[jnp.asarray(layout.owners)]])
+    added = added.astype(problem.suffix.dtype)
     h = jnp.concatenate([problem.suffix[:, :rows] + added, problem.suffix[:, rows:]], axis=1)
     if above == n_layers:
         return h[:, problem.scored_at[0]]
@@ -386,7 +390,7 @@ def _score(
 
     token_nll = log_z[:, 0] - jnp.take_along_axis(logits, problem.targets[:, None], axis=-1)[:, 0]
     terms = unpack(layout.packed.scored, (token_nll * problem.weights)[None])
-    nll = jnp.where(layout.packed.scored.used, terms, 0).reshape(n_kl, -1).sum(-1)
+    nll = jnp.where(layout.packed.scored.used, terms, 0)[: layout.n_prompts].reshape(n_kl, -1).sum(-1)
 
     def uphill() -> Float[Array, "r d"]:
         weights, targets = problem.weights[n_kl:, None], problem.targets[n_kl:, None]

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from kedit_jax.models.config import Activation, LinearScaling, LongRope, ModelConfig, RotaryConfig
-from kedit_jax.models.packing import Packing, pack, unpack
+from kedit_jax.models.packing import Packing, pack_heads, unpack_heads
 
 INIT_STD = 0.02  # GPT-2's; all families here were trained from about this scale
 
@@ -182,8 +182,9 @@ class Attention(nnx.Module):
         if view.keys is None or view.queries is None:
             attended = self._attend(q, new, past, pick(view.mask, at))
         else:
-            rows = KV(unpack(view.keys, k), unpack(view.keys, v))
-            attended = pack(view.queries, self._attend(unpack(view.queries, q), rows, past, view.mask))
+            rows = HeadKV(unpack_heads(view.keys, k), unpack_heads(view.keys, v))
+            asking = unpack_heads(view.queries, q)
+            attended = pack_heads(view.queries, self._attend(asking, rows, past, view.mask, heads_first=True))
         return self.o(attended.reshape(*q.shape[:2], -1)), new
 
     def project(
@@ -201,34 +202,43 @@ class Attention(nnx.Module):
         return Projections(q, k, v)
 
     def _attend(
-        self, q: Float[Array, "B T H hd"], new: KV, past: Past | None, mask: Bool[Array, "#B T S"]
-    ) -> Float[Array, "B T H hd"]:
+        self,
+        q: Float[Array, "B _ _ hd"],
+        new: Past,
+        past: Past | None,
+        mask: Bool[Array, "#B T S"],
+        *,
+        heads_first: bool = False,
+    ) -> Float[Array, "B _ _ hd"]:
         sources = (new,) if past is None else (past, new)
-        return attend(q, sources, mask, width=self.query_width, soft_cap=self.soft_cap)
+        return attend(q, sources, mask, heads_first=heads_first, width=self.query_width, soft_cap=self.soft_cap)
 
     def _heads(self, x: Float[Array, "B T width"]) -> Float[Array, "B T heads hd"]:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
 
 
 def attend(
-    q: Float[Array, "B T H hd"],
+    q: Float[Array, "B _ _ hd"],
     sources: tuple[Past, ...],
     mask: Bool[Array, "#B T S"],
     *,
+    heads_first: bool = False,
     width: float | None = None,
     soft_cap: float | None = None,
-) -> Float[Array, "B T H hd"]:
+) -> Float[Array, "B _ _ hd"]:
     """softmax(q k' / sqrt(width)) v over the sources one after another on the attended axis; width is hd unless given.
 
-    `soft_cap` bounds the scores before the softmax. Only the scores are concatenated, never the keys and values: a cache
-    is read where it lies. A query whose row of the mask is all False (padding) attends to nothing and gets zeros.
+    Queries, and what they are answered with, are [B, T, H, hd], or [B, H, T, hd] with `heads_first`. `soft_cap` bounds the
+    scores before the softmax. Only the scores are concatenated, never the keys and values: a cache is read where it lies.
+    A query whose row of the mask is all False (padding) attends to nothing and gets zeros.
     """
     wide = at_least_float32(q.dtype)
     axes = ["bskh" if isinstance(kv, KV) else "bksh" for kv in sources]
     n_kv = sources[0].k.shape[axes[0].index("k")]
-    grouped = q.reshape(*q.shape[:2], n_kv, -1, q.shape[-1])
+    asking, head_axis = ("bkgth", 1) if heads_first else ("btkgh", 2)
+    grouped = q.reshape(*q.shape[:head_axis], n_kv, -1, *q.shape[head_axis + 1 :])
     scores = [
-        jnp.einsum(f"btkgh,{names}->bkgts", grouped, kv.k, preferred_element_type=wide)
+        jnp.einsum(f"{asking},{names}->bkgts", grouped, kv.k, preferred_element_type=wide)
         for names, kv in zip(axes, sources, strict=True)
     ]
     scaled = jnp.concatenate(scores, axis=-1) / np.sqrt(q.shape[-1] if width is None else width).astype(wide)
@@ -240,7 +250,7 @@ def attend(
     bounds = np.cumsum([kv.length for kv in sources])[:-1].tolist()
     parts = jnp.split(weights, bounds, axis=-1)
     attended = [
-        jnp.einsum(f"bkgts,{names}->btkgh", part, kv.v, preferred_element_type=wide)
+        jnp.einsum(f"bkgts,{names}->{asking}", part, kv.v, preferred_element_type=wide)
         for part, names, kv in zip(parts, axes, sources, strict=True)
     ]
     return sum(attended[1:], attended[0]).astype(q.dtype).reshape(q.shape)

@@ -7,6 +7,7 @@ a gather is a scatter, which CPUs and TPUs are slow at, and which would add the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,14 +39,22 @@ class Packing:
 
 def unpack(packing: Packing, tokens: Shaped[Array, "1 N *rest"]) -> Shaped[Array, "B T *rest"]:
     """The rows of packed tokens; padding holds copies of other tokens of its row."""
-    to_rows = _to_rows if packing.shared else _unpack
-    return to_rows(tokens, *map(jnp.asarray, (packing.slots, packing.homes, packing.used)))
+    return (_to_rows if packing.shared else _unpack)(tokens, *_places(packing))
 
 
 def pack(packing: Packing, rows: Shaped[Array, "B T *rest"]) -> Shaped[Array, "1 N *rest"]:
     """The packed tokens of rows; places that are not used hold 0."""
-    to_tokens = _to_tokens if packing.shared else _pack
-    return to_tokens(rows, *map(jnp.asarray, (packing.slots, packing.homes, packing.used)))
+    return (_to_tokens if packing.shared else _pack)(rows, *_places(packing))
+
+
+def unpack_heads(packing: Packing, tokens: Shaped[Array, "1 N H hd"]) -> Shaped[Array, "B H T hd"]:
+    """`unpack`, with heads before tokens, as the attention multiplies: no array is transposed for it."""
+    return (_to_head_rows if packing.shared else _unpack_heads)(tokens, *_places(packing))
+
+
+def pack_heads(packing: Packing, rows: Shaped[Array, "B H T hd"]) -> Shaped[Array, "1 N H hd"]:
+    """`pack` of rows with heads before tokens."""
+    return (_to_head_tokens if packing.shared else _pack_heads)(rows, *_places(packing))
 
 
 def single_tokens(count: int) -> Packing:
@@ -56,6 +65,13 @@ def single_tokens(count: int) -> Packing:
 
 # The arrays one by one: `jax.custom_vjp` rebuilds its arguments' trees with placeholders, which a typed record refuses.
 
+Gather = Callable[..., Array]
+
+
+def _places(packing: Packing) -> tuple[Array, Array, Array]:
+    slots, homes, used = map(jnp.asarray, (packing.slots, packing.homes, packing.used))
+    return slots, homes, used
+
 
 def _to_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
     return tokens[0].at[slots].get(mode="promise_in_bounds")
@@ -65,31 +81,39 @@ def _to_tokens(rows: Array, slots: Array, homes: Array, used: Array) -> Array:
     return rows.reshape(-1, *rows.shape[2:]).at[homes].get(mode="fill", fill_value=0)[None]
 
 
-def _to_masked_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
-    real = used.reshape(*used.shape, *(1,) * (tokens.ndim - 2))
-    return jnp.where(real, _to_rows(tokens, slots, homes, used), 0)
+def _to_head_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
+    heads = jnp.arange(tokens.shape[2])[None, :, None]
+    return tokens[0].at[slots[:, None, :], heads].get(mode="promise_in_bounds")
 
 
-Places = tuple[Array, Array, Array]
-Slopes = tuple[Array, None, None, None]
+def _to_head_tokens(rows: Array, slots: Array, homes: Array, used: Array) -> Array:
+    row, column = jnp.divmod(homes[:, None], rows.shape[2])  # of places that are not used, a row beyond the last
+    heads = jnp.arange(rows.shape[1])[None]
+    return rows.at[row, heads, column].get(mode="fill", fill_value=0)[None]
 
 
-def _keep_places(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _to_rows(x, *places), places
+def _to_real_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
+    return jnp.where(used.reshape(*used.shape, *(1,) * (tokens.ndim - 2)), _to_rows(tokens, slots, homes, used), 0)
 
 
-def _keep_places_packed(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _to_tokens(x, *places), places
+def _to_real_head_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
+    return jnp.where(used[:, None, :, None], _to_head_rows(tokens, slots, homes, used), 0)
 
 
-def _slope_of_tokens(places: Places, slope: Array) -> Slopes:
-    return _to_tokens(slope, *places), None, None, None
+def _one_to_one(forth: Gather, back: Gather) -> Gather:
+    """A gather that is transposed by the opposite one."""
+
+    def keep(x: Array, *places: Array) -> tuple[Array, tuple[Array, ...]]:
+        return forth(x, *places), places
+
+    def slope(places: tuple[Array, ...], slope: Array) -> tuple[Array, None, None, None]:
+        return back(slope, *places), None, None, None
+
+    gather: Gather = jax.custom_vjp(forth)
+    gather.defvjp(keep, slope)
+    return gather
 
 
-def _slope_of_rows(places: Places, slope: Array) -> Slopes:
-    return _to_masked_rows(slope, *places), None, None, None
-
-
-_unpack, _pack = jax.custom_vjp(_to_rows), jax.custom_vjp(_to_tokens)
-_unpack.defvjp(_keep_places, _slope_of_tokens)
-_pack.defvjp(_keep_places_packed, _slope_of_rows)
+_unpack, _pack = _one_to_one(_to_rows, _to_tokens), _one_to_one(_to_tokens, _to_real_rows)
+_unpack_heads = _one_to_one(_to_head_rows, _to_head_tokens)
+_pack_heads = _one_to_one(_to_head_tokens, _to_real_head_rows)

@@ -37,33 +37,37 @@ class Rows:
     tokens: np.ndarray
     valid: np.ndarray
     scored: np.ndarray
+    kl_rows: np.ndarray
     n_prefix: int
     n_contexts: int
 
     @property
-    def is_kl(self) -> np.ndarray:
-        return np.arange(len(self.tokens)) % (self.n_contexts + 1) == self.n_contexts
+    def n_prompts(self) -> int:
+        return len(self.kl_rows) * self.n_contexts
 
     def pack(self) -> Packed:
-        return pack_rows(self.tokens, self.valid, self.scored, n_prefix=self.n_prefix, n_contexts=self.n_contexts)
+        sizes = {"n_prefix": self.n_prefix, "n_contexts": self.n_contexts}
+        return pack_rows(self.tokens, self.valid, self.scored, self.kl_rows, **sizes)
 
 
 @st.composite
 def some_rows(draw: st.DrawFn) -> Rows:
-    """Few different tokens, so that rows begin alike; KL rows end in the subject's last column."""
+    """Few different tokens, so that rows begin alike; KL rows end in the subject's last column, or are the bare prompts'."""
     requests, n_contexts, n_prefix = (draw(st.integers(1, top)) for top in (3, 3, 4))
     suffix, n_scored = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    rows = requests * (n_contexts + 1)
+    n_prompts, own = requests * n_contexts, draw(st.lists(st.booleans(), min_size=requests, max_size=requests))
+    rows = n_prompts + sum(own)
+    kl_rows = [n_prompts + sum(own[:r]) if own[r] else r * n_contexts for r in range(requests)]
     tokens, valid = np.zeros((rows, n_prefix + suffix), int), np.zeros((rows, n_prefix + suffix), bool)
     scored = np.zeros((rows, n_scored), bool)
     for row in range(rows):
-        is_kl = row % (n_contexts + 1) == n_contexts
+        is_kl = row >= n_prompts
         before, after = draw(st.integers(0, n_prefix)), 1 if is_kl else draw(st.integers(1, suffix))
         where = slice(n_prefix - before, n_prefix + after)
         valid[row, where] = True
         tokens[row, where] = draw(st.lists(st.integers(0, 1), min_size=before + after, max_size=before + after))
         scored[row, : 0 if is_kl else draw(st.integers(1, n_scored))] = True
-    return Rows(tokens, valid, scored, n_prefix, n_contexts)
+    return Rows(tokens, valid, scored, np.array(kl_rows), n_prefix, n_contexts)
 
 
 def beginning(rows: Rows, row: int, column: int) -> tuple[int, ...]:
@@ -102,7 +106,7 @@ def check_names(packing: Packing, valid: np.ndarray, name: Callable[[int, int], 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(rows=some_rows())
 def test_packed_tokens_are_those_of_a_naive_reading(rows: Rows) -> None:
-    packed, cut, is_kl = rows.pack(), rows.n_prefix, rows.is_kl
+    packed, cut, n_prompts = rows.pack(), rows.n_prefix, rows.n_prompts
     check_names(packed.whole, rows.valid, lambda row, column: beginning(rows, row, column))
     assert packed.whole.shared
 
@@ -120,12 +124,14 @@ def test_packed_tokens_are_those_of_a_naive_reading(rows: Rows) -> None:
     for place, (row, column) in enumerate(homes):
         assert packed.after.places[place] == whole(row, column + cut)
 
-    scored = rows.scored | (is_kl[:, None] & (np.arange(rows.scored.shape[1]) == 0))
+    scored = np.pad(rows.scored, ((0, 0), (1, 0)))
+    scored[rows.kl_rows, 0] = True
     check_names(packed.scored, scored, lambda row, column: (row, column))
     assert not packed.scored.shared
-    assert homes_of(packed.scored)[: is_kl.sum()] == [(row, 0) for row in np.flatnonzero(is_kl)], "KL rows first"
+    kl = [(row, 0) for row in rows.kl_rows.tolist()]
+    assert homes_of(packed.scored)[: len(kl)] == kl, "those of the KL prompts first, request by request"
 
-    prompts = dataclasses.replace(rows, tokens=rows.tokens[~is_kl], valid=rows.valid[~is_kl, : cut + 1])
+    prompts = dataclasses.replace(rows, tokens=rows.tokens[:n_prompts], valid=rows.valid[:n_prompts, : cut + 1])
     check_names(packed.contexts, prompts.valid, lambda row, column: beginning(prompts, row, column))
     bare = dataclasses.replace(prompts, tokens=prompts.tokens[:: rows.n_contexts], valid=prompts.valid[:: rows.n_contexts])
     check_names(packed.bare.packing, bare.valid, lambda row, column: beginning(bare, row, column))
@@ -135,8 +141,9 @@ def test_packed_tokens_are_those_of_a_naive_reading(rows: Rows) -> None:
 
 def test_negative_control_a_wrong_packing_is_noticed() -> None:
     rows = Rows(
-        np.array([[0, 5, 6, 7], [0, 5, 8, 0]]), np.array([[0, 1, 1, 1], [0, 1, 1, 0]], bool), np.ones((2, 1), bool), 2, 1
-    )
+        np.array([[0, 5, 6, 7], [0, 5, 8, 0]]), np.array([[0, 1, 1, 1], [0, 1, 1, 0]], bool),
+        np.array([[1], [0]], bool), np.array([1]), 2, 1,
+    )  # fmt: skip
     packing = rows.pack().whole
     check_names(packing, rows.valid, lambda row, column: beginning(rows, row, column))
     for change in ({"slots": packing.slots[:, ::-1]}, {"homes": packing.homes[::-1]}, {"used": ~rows.valid}):
@@ -207,7 +214,7 @@ def shapes_of(batches: Sequence[Sequence[Sequence[Encoded]]], *, hold: bool) -> 
     for batch in batches:
         ((layout,), _) = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held if hold else None)
         held = layout.sizes
-        smaller = held.fraction(SHARE)
+        smaller = held.fraction(SHARE, layout.n_contexts)
         rest = align(batch[: smaller.requests], smaller.requests, smaller if hold else None)
         keys.add((held.rows, held.prefix, held.contexts, held.bare))
         values |= {(*sizes[:-2],) for sizes in (held, rest.sizes)}

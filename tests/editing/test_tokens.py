@@ -211,25 +211,29 @@ REQUESTS = [
 def test_rows_are_aligned_at_the_subjects_last_token(tokenizer: Any, size: int | None) -> None:
     layout = lay_out(tokenizer, REQUESTS, PREFIXES, max_positions=64, size=size)
     assert layout.n_contexts == 3
-    assert layout.tokens.shape == layout.valid.shape == ((size or 3) * 4, layout.tokens.shape[1])
+    requests = [*REQUESTS, *REQUESTS[:1] * ((size or 3) - 3)]  # padding repeats the first
+    assert layout.n_prompts == 3 * len(requests)
+    assert layout.owners.tolist() == [1, 2], "those with text before the subject, whose bare prompt is not the KL prompt"
+    assert layout.kl_rows.tolist() == [0, layout.n_prompts, layout.n_prompts + 1, 9, 12][: len(requests)]
+    assert layout.tokens.shape == layout.valid.shape == (layout.n_prompts + 2, layout.tokens.shape[1])
     cut = layout.n_prefix
     assert cut % 8 == 0
     assert (layout.tokens.shape[1] - cut) % 4 == 0
     for row in range(len(layout.tokens)):
-        number, context = divmod(row, 4)
-        request = REQUESTS[number] if number < 3 else REQUESTS[0]  # padding repeats the first
+        is_kl = row >= layout.n_prompts
+        request = requests[layout.owners[row - layout.n_prompts] if is_kl else row // 3]
         ids = layout.tokens[row][layout.valid[row]].tolist()
         begin = int(layout.valid[row].argmax())
         assert layout.valid[row, begin : begin + len(ids)].all(), "the real tokens stand together"
         assert not layout.tokens[row][~layout.valid[row]].any()
-        if context == 3:
+        if is_kl:
             text = read_text(tokenizer, "", KL_PROMPT, request.subject, None)
             assert ids == text.ids[: text.subject_last + 1], "the KL prompt ends with the subject"
             assert begin + len(ids) - 1 == cut
             assert not layout.target_weights[row].any()
             assert not layout.target_columns[row].any()
             continue
-        text = read_text(tokenizer, ("", *PREFIXES)[context], request.prompt, request.subject, request.target)
+        text = read_text(tokenizer, ("", *PREFIXES)[row % 3], request.prompt, request.subject, request.target)
         assert ids == text.ids[:-1], "nothing follows from the target's last token"
         assert begin + text.subject_last == cut
         n = len(text.ids) - text.target_begin
@@ -244,7 +248,8 @@ def test_rows_are_aligned_at_the_subjects_last_token(tokenizer: Any, size: int |
 def test_without_prefixes_the_bare_prompt_is_the_only_context(tokenizer: Any) -> None:
     layout = lay_out(tokenizer, REQUESTS[:1], (), max_positions=64)
     assert layout.n_contexts == 1
-    assert len(layout.tokens) == 2
+    assert len(layout.tokens) == 2, "one of them padding: the bare prompt begins with the KL prompt"
+    assert layout.kl_rows.tolist() == [0]
     assert layout.target_weights[0].sum() == pytest.approx(1)
 
 

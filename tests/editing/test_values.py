@@ -138,7 +138,7 @@ def test_negative_control_a_wrong_place_is_noticed(case: Case, part: str) -> Non
         late = np.where(layout.target_weights > 0, layout.target_columns + 1, 0)
         wrong = dataclasses.replace(layout, target_columns=late)
     elif part == "target_weights":  # tokens of the first context only
-        kept = np.arange(len(layout.tokens)) % (layout.n_contexts + 1) == 0
+        kept = np.arange(len(layout.tokens)) % layout.n_contexts == 0
         wrong = dataclasses.replace(layout, target_weights=layout.target_weights * kept[:, None])
     else:  # the subject's last token taken to be one column further left
         wrong = dataclasses.replace(layout, tokens=np.roll(layout.tokens, 1, axis=1), valid=np.roll(layout.valid, 1, axis=1))
