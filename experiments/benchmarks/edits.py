@@ -24,7 +24,7 @@ import transformers
 from experiments.benchmarks.measuring import Child, Clock, forget_peak, medians, memory
 from experiments.benchmarks.plots import figure, stacked
 from experiments.benchmarks.problem import SHAPES, Shape, prepare, read, start
-from experiments.benchmarks.published import Published, Value
+from experiments.benchmarks.published import READ_ROWS, Published, Value
 from kedit_jax.editing import keys as editing_keys
 from kedit_jax.editing import session as editing_session
 
@@ -93,6 +93,7 @@ def compare(folder: Path, plan: Plan, report: Callable[[str], None]) -> dict[str
             solved, seconds = _solves(ours, published)
             agreement |= solved
             layers["solve"] = seconds / plan.count
+            published("read", plan.count)
         memories = {"ours": ours("memory"), "published": published("memory")}
         start_seconds = ours("start_seconds")
     theirs = [{**layers, "values": seconds} for seconds in values]
@@ -293,6 +294,11 @@ class AsPublished:
         with published.clock.part("all"):
             update = published.solved(layer, *given)
         return update.cpu().numpy(), published.clock.take("all")["other"]
+
+    def read(self, count: int) -> None:
+        """A pass as wide as those that read the keys of so many requests: for the peak of its memory, untimed."""
+        contexts = 1 + len(self._problem.prefixes)
+        self._published.keys(self._problem.requests[: min(count, READ_ROWS // contexts)], self._problem.shape.layers[0])
 
     def memory(self) -> dict[str, float]:
         """As the library's."""

@@ -95,13 +95,13 @@ class Published:
         """Solve for every layer, the lowest first, and read all keys once more for the history."""
         for index, layer in enumerate(self.settings.layers):
             with self.clock.part("keys"):
-                keys, present = self._keys(requests, layer), self._present(requests)
+                keys, present = self.keys(requests, layer), self._present(requests)
             with self.clock.part("solve"):
                 update = self.solved(layer, keys, (z - present) / (len(self.settings.layers) - index))
                 self.kernel(layer).add_(update)
         with self.clock.part("keys"):
             for layer in self.settings.layers:
-                keys = self._keys(requests, layer)
+                keys = self.keys(requests, layer)
                 self.history[layer] += keys.T @ keys
 
     def solved(self, layer: int, keys: torch.Tensor, residuals: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ class Published:
     # --- keys ---
 
     @torch.no_grad()
-    def _keys(self, requests: Sequence[EditRequest], layer: int) -> torch.Tensor:
+    def keys(self, requests: Sequence[EditRequest], layer: int) -> torch.Tensor:
         """[R, k] inputs of a layer's down projection; the bare prompt counts one half, the prefixed ones the other."""
         passages = [passage for request in requests for passage in self._passages(request)]
         found = self._read(passages, self._down(layer).register_forward_pre_hook)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from kedit_jax import solve
+from kedit_jax import leftovers, solve
 from kedit_jax.delta import Dense, EditDelta, Update, add_on_host, host_kernel, relative_error, write_kernels
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
@@ -232,6 +232,7 @@ class EditSession:
         kernel, editor = host_kernel(self.base, down_kernel_address(layer)), self.editors[layer]
         return Site(editor.prior, float(editor.noise), kernel, self.settings.procedure())
 
+    @leftovers.handed_back()
     def _written(
         self, requests: Sequence[EditRequest], shared: Mapping[int, "_Row"], progress: Progress | None
     ) -> tuple["EditSession", dict[str, Update]]:

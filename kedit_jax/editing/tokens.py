@@ -232,14 +232,9 @@ def align(requests: Sequence[Sequence[Encoded]], size: int | None = None, held: 
     """
     padding = 0 if size is None else size - len(requests)
     requests, n_contexts = [*requests, *[requests[0]] * padding], len(requests[0]) - 1
-    prompts, kl_prompts = [row for rows in requests for row in rows[:-1]], [rows[-1] for rows in requests]
     own = [r for r, rows in enumerate(requests) if not _begins(rows[0], rows[-1])]
-    again = None if held is None or held.requests != len(requests) else held.rows - len(prompts)
-    n_own = at_least(len(own), min(room(len(own), 1), len(requests)), again)
-    owners = np.array([*own, *[0] * (n_own - len(own))], np.int32)
-    kl_rows = n_contexts * np.arange(len(requests), dtype=np.int32)
-    kl_rows[own] = len(prompts) + np.arange(len(own))
-    encoded = prompts + [kl_prompts[r] for r in owners]
+    owners, kl_rows = _kl_places(own, len(requests), n_contexts, held)
+    encoded = [row for rows in requests for row in rows[:-1]] + [requests[r][-1] for r in owners]
     rows = len(encoded)
     inputs = [e.tokens[:-1] if e.target else e.tokens for e in encoded]
     n_prefix = max(1, *(e.subject_last for e in encoded))
@@ -264,6 +259,18 @@ def align(requests: Sequence[Sequence[Encoded]], size: int | None = None, held: 
         columns[row, :n] = e.n_prompt - e.subject_last - 1 + np.arange(n)
     packed = pack_rows(tokens, valid, weights > 0, kl_rows, n_prefix=n_prefix, n_contexts=n_contexts, held=held)
     return Layout(tokens, valid, targets, weights, columns, kl_rows, owners, packed, n_prefix, n_contexts)
+
+
+def _kl_places(
+    own: Sequence[int], n_requests: int, n_contexts: int, held: Sizes | None
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " r"]]:
+    """`Layout.owners` and `Layout.kl_rows`, where the KL prompts of the requests `own` are rows of their own."""
+    n_prompts = n_requests * n_contexts
+    again = None if held is None or held.requests != n_requests else held.rows - n_prompts
+    n_own = at_least(len(own), min(room(len(own), 1), n_requests), again)
+    kl_rows = n_contexts * np.arange(n_requests, dtype=np.int32)
+    kl_rows[own] = n_prompts + np.arange(len(own))
+    return np.array([*own, *[0] * (n_own - len(own))], np.int32), kl_rows
 
 
 def _begins(bare: Encoded, kl: Encoded) -> bool:

@@ -109,7 +109,7 @@ def _one_to_one(forth: Gather, back: Gather) -> Gather:
     def slope(places: tuple[Array, ...], slope: Array) -> tuple[Array, None, None, None]:
         return back(slope, *places), None, None, None
 
-    gather: Gather = jax.custom_vjp(forth)
+    gather = jax.custom_vjp(forth)
     gather.defvjp(keep, slope)
     return gather
 

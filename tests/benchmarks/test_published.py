@@ -22,10 +22,10 @@ TOLERANCE = {"gpt2": 1e-8, "llama": 1e-6}  # transformers' RMS norm and rotary a
 class OneGroup(Published):
     """Without the prefixed contexts' keys."""
 
-    def _keys(self, requests: Sequence[EditRequest], layer: int) -> torch.Tensor:
+    def keys(self, requests: Sequence[EditRequest], layer: int) -> torch.Tensor:
         bare = copy.copy(self)
         bare.prefixes = ()
-        return Published._keys(bare, requests, layer)
+        return Published.keys(bare, requests, layer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -326,7 +326,7 @@ def test_values_that_are_not_finite_name_their_requests(history: list[EditSessio
     """A NaN in the position that only the longest row reaches: the third request's, in one of its contexts."""
     session = history[1]
     layout = lay_out(session.tokenizer, batches[1], session.prefixes, max_positions=64)
-    lengths = layout.valid.sum(1).reshape(3, -1).max(1)
+    lengths = layout.valid[: layout.n_prompts].sum(1).reshape(3, -1).max(1)
     assert lengths[2] > lengths[:2].max()
     values = named_parameters(session.model)
     table = values["position_embedding"].at[lengths[2] - 1].set(np.nan)
