@@ -196,7 +196,7 @@ def load_session(
 
     Args:
         model: the ORIGINAL model, as it was before any edit.
-        moments: of the same model and corpus as when the session was started.
+        moments: of the same model and corpus as when the session was started; as there, none of their arrays is kept.
         priors: folder of factored moments, as for `start_session`.
 
     Raises:

@@ -5,9 +5,10 @@ that all sessions of one dtype share their compiled programs; `editing/test_sess
 outside `jax.enable_x64`, whichever test asks first.
 """
 
+import dataclasses
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from editing_world import BATCHES, TEXTS, random_model, train_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from kedit_jax.checkpoint import load_session
 from kedit_jax.editing.moments import Moments, compute_moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, start_session
@@ -122,3 +124,21 @@ def history(fresh: EditSession, batches: list[list[EditRequest]]) -> list[EditSe
         for batch in batches:
             sessions.append(sessions[-1].edit(batch)[0])
     return sessions
+
+
+@pytest.fixture(scope="session")
+def another(moments: Moments) -> Callable[..., EditSession]:
+    """Makes a fresh session like the given one, with other settings and the same prefixes."""
+
+    def make(session: EditSession, **changes: Any) -> EditSession:
+        settings = dataclasses.replace(session.settings, prefixes=0, **changes)
+        made = start_session(session.base, session.tokenizer, moments, settings)
+        return dataclasses.replace(made, prefixes=session.prefixes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reload(moments: Moments) -> Callable[[EditSession, Path], EditSession]:
+    """Reads the session of a folder, as one that goes on with the given one would."""
+    return lambda session, folder: load_session(folder, session.base, session.tokenizer, moments)

@@ -6,8 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kedit_jax import checkpoint, files
+from kedit_jax import checkpoint, files, solve
 from kedit_jax.checkpoint import FORMAT, has_session, load_session, newest_version, read_manifest, save_session
 from kedit_jax.delta import relative_error
 from kedit_jax.editing.algebra import compact, undo
@@ -27,6 +28,7 @@ from kedit_jax.errors import SessionError
 from kedit_jax.models import Decoder, named_parameters, save_model, with_parameters
 
 Batches = Sequence[Sequence[EditRequest]]
+Reload = Callable[[EditSession, Path], EditSession]
 
 
 def bits(tree: Any) -> list[bytes]:
@@ -45,10 +47,6 @@ def numbers(session: EditSession) -> list[bytes]:
 def words(session: EditSession) -> tuple[Any, ...]:
     texts = (session.facts, session.retired, session.skipped, session.compacted)
     return *texts, session.batches, session.events, session.settings, session.prefixes
-
-
-def reload(session: EditSession, folder: Path) -> EditSession:
-    return load_session(folder, session.base, session.tokenizer, session.moments)
 
 
 @pytest.fixture
@@ -74,7 +72,7 @@ def versions(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("batches_before", [0, 1, 3])
 def test_a_reloaded_session_goes_on_as_if_it_had_never_stopped(
-    history: list[EditSession], batches: Batches, tmp_path: Path, batches_before: int
+    history: list[EditSession], batches: Batches, tmp_path: Path, batches_before: int, reload: Reload
 ) -> None:
     session = history[batches_before]
     path = save_session(session, tmp_path / "new" / "folder")
@@ -89,7 +87,9 @@ def test_a_reloaded_session_goes_on_as_if_it_had_never_stopped(
     assert words(on) == words(history[batches_before + 1])
 
 
-def test_so_does_one_that_retracted_before_and_after(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+def test_so_does_one_that_retracted_before_and_after(
+    history: list[EditSession], batches: Batches, tmp_path: Path, reload: Reload
+) -> None:
     gone = [str(history[3].facts[i].id) for i in (0, 4, 5, 3)]  # the whole second batch among them
     direct, _ = history[3].retract(gone)
     save_session(direct, tmp_path)
@@ -101,32 +101,38 @@ def test_so_does_one_that_retracted_before_and_after(history: list[EditSession],
         assert words(loaded) == words(direct)
 
 
-def test_so_does_an_unaligned_one(fresh: EditSession, batches: Batches, tmp_path: Path) -> None:
+def test_so_does_an_unaligned_one(
+    fresh: EditSession, batches: Batches, tmp_path: Path, moments: Moments, reload: Reload
+) -> None:
     settings = dataclasses.replace(fresh.settings, history="unaligned")
-    first, _ = start_session(fresh.base, fresh.tokenizer, fresh.moments, settings).edit(batches[0])
+    first, _ = start_session(fresh.base, fresh.tokenizer, moments, settings).edit(batches[0])
     save_session(first, tmp_path)
     assert numbers(reload(first, tmp_path).edit(batches[1])[0]) == numbers(first.edit(batches[1])[0])
 
 
 @pytest.mark.parametrize("history_mode", ["latest", "latest-simplified"])
 def test_so_does_one_that_memorizes_the_latest(
-    fresh: EditSession, batches: Batches, tmp_path: Path, history_mode: str
+    fresh: EditSession, batches: Batches, tmp_path: Path, history_mode: str, moments: Moments, reload: Reload
 ) -> None:
     settings = dataclasses.replace(fresh.settings, history=history_mode)
-    first = edit_all(start_session(fresh.base, fresh.tokenizer, fresh.moments, settings), batches[:2])
+    first = edit_all(start_session(fresh.base, fresh.tokenizer, moments, settings), batches[:2])
     save_session(first, tmp_path)
     assert numbers(reload(first, tmp_path).edit(batches[2])[0]) == numbers(first.edit(batches[2])[0])
 
 
 @pytest.mark.parametrize("compensate", [True, False])
-def test_so_does_a_post_processed_one(fresh: EditSession, batches: Batches, tmp_path: Path, compensate: bool) -> None:
+def test_so_does_a_post_processed_one(
+    fresh: EditSession, batches: Batches, tmp_path: Path, compensate: bool, moments: Moments, reload: Reload
+) -> None:
     settings = dataclasses.replace(fresh.settings, post="rect:0.5", compensate=compensate)
-    first = edit_all(start_session(fresh.base, fresh.tokenizer, fresh.moments, settings), batches[:2])
+    first = edit_all(start_session(fresh.base, fresh.tokenizer, moments, settings), batches[:2])
     save_session(first, tmp_path)
     assert numbers(reload(first, tmp_path).edit(batches[2])[0]) == numbers(first.edit(batches[2])[0])
 
 
-def test_so_does_one_with_a_long_history(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+def test_so_does_one_with_a_long_history(
+    history: list[EditSession], batches: Batches, tmp_path: Path, reload: Reload
+) -> None:
     """Retracted, restored, replaced, undone and with facts left out: what can be taken back or restored stays so."""
     session, _ = history[2].retract(["fact-2", "fact-5"])
     session, _ = session.restore(["fact-5"])
@@ -144,7 +150,7 @@ def test_so_does_one_with_a_long_history(history: list[EditSession], batches: Ba
         assert words(loaded) == words(session)
 
 
-def test_so_does_a_compacted_one(history: list[EditSession], batches: Batches, tmp_path: Path) -> None:
+def test_so_does_a_compacted_one(history: list[EditSession], batches: Batches, tmp_path: Path, reload: Reload) -> None:
     for number, session in enumerate((compact(history[2]), compact(history[2]).edit(batches[2])[0])):
         save_session(session, tmp_path / str(number))
         loaded = reload(session, tmp_path / str(number))
@@ -153,12 +159,37 @@ def test_so_does_a_compacted_one(history: list[EditSession], batches: Batches, t
         assert numbers(loaded.edit(batches[3])[0]) == numbers(session.edit(batches[3])[0])
 
 
-def test_an_emptied_session_keeps_what_can_be_restored(history: list[EditSession], tmp_path: Path) -> None:
+def test_an_emptied_session_keeps_what_can_be_restored(history: list[EditSession], tmp_path: Path, reload: Reload) -> None:
     empty, _ = history[1].retract([str(fact.id) for fact in history[1].facts])
     save_session(empty, tmp_path)
     loaded = reload(empty, tmp_path)
     assert numbers(loaded) == numbers(empty)
     assert relative_error(loaded.restore(["fact-1", "fact-2", "fact-3"])[0].delta, history[1].delta) <= 1e-11
+
+
+@pytest.mark.parametrize("editor", solve.EDITORS)
+def test_no_session_holds_the_arrays_of_its_moments(
+    fresh: EditSession, moments: Moments, tmp_path: Path, editor: str
+) -> None:
+    """Begun or reloaded, with priors factored or read: neither the session itself has them, nor does a factor share them."""
+    settings = dataclasses.replace(fresh.settings, editor=editor, prefixes=0)
+    model, folder, priors = (fresh.base, fresh.tokenizer), tmp_path / "session", tmp_path / "priors"
+    save_session(start_session(*model, moments, settings), folder)
+    for make in (
+        lambda given: start_session(*model, given, settings),
+        lambda given: start_session(*model, given, settings, priors=priors),
+        lambda given: load_session(folder, *model, given),
+        lambda given: load_session(folder, *model, given, priors=priors),
+    ):
+        given = dataclasses.replace(moments, by_layer={layer: c0.copy() for layer, c0 in moments.by_layer.items()})
+        arrays = [weakref.ref(c0) for c0 in given.by_layer.values()]
+        session = make(given)
+        assert not session.moments.by_layer
+        assert session.moments.fingerprint(settings.layers) == moments.fingerprint(settings.layers)
+        assert all(array() is not None for array in arrays), "the caller has them"
+        del given
+        gc.collect()
+        assert not any(array() is not None for array in arrays)
 
 
 def test_events_keep_the_time_they_were_first_stored_at(history: list[EditSession], tmp_path: Path) -> None:
@@ -172,7 +203,7 @@ def test_events_keep_the_time_they_were_first_stored_at(history: list[EditSessio
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_session_of_an_older_format_is_read(
-    history: list[EditSession], batches: Batches, tmp_path: Path, number: int
+    history: list[EditSession], batches: Batches, tmp_path: Path, number: int, reload: Reload
 ) -> None:
     """What later formats added is left out, as older versions of this package wrote it."""
 
@@ -198,7 +229,7 @@ def test_a_session_of_an_older_format_is_read(
 
 
 def test_a_fresh_process_continues_the_same(
-    history: list[EditSession], batches: Batches, tmp_path: Path, tokenizer: Any, model: Decoder
+    history: list[EditSession], batches: Batches, tmp_path: Path, tokenizer: Any, model: Decoder, moments: Moments
 ) -> None:
     """Another machine has the files alone: model and tokenizer in Hugging Face's layout, moments, session."""
     save_model(model, tmp_path / "model", dtype=jnp.float32)
@@ -207,7 +238,7 @@ def test_a_fresh_process_continues_the_same(
     stored = moments_path(tmp_path, "here")
     from kedit_jax.editing.moment_files import write_moments
 
-    write_moments(stored, session.moments)
+    write_moments(stored, moments)
     save_session(session, tmp_path / "session")
     script = f"""
 import sys, pathlib
@@ -252,9 +283,11 @@ def test_another_model_is_refused(stored: Path, model: Decoder, tokenizer: Any, 
     assert "dtype" not in str(caught.value)
 
 
-def test_the_edited_model_is_not_the_original(stored: Path, history: list[EditSession], tokenizer: Any) -> None:
+def test_the_edited_model_is_not_the_original(
+    stored: Path, history: list[EditSession], tokenizer: Any, moments: Moments
+) -> None:
     with pytest.raises(SessionError, match="model weights"):
-        load_session(stored, history[1].model, tokenizer, history[1].moments)
+        load_session(stored, history[1].model, tokenizer, moments)
 
 
 def test_everything_that_differs_is_listed(
@@ -292,7 +325,7 @@ def test_moments_without_an_edited_layer_are_refused(stored: Path, model: Decode
 # --- versions -------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_version_replaces_the_one_before(history: list[EditSession], tmp_path: Path) -> None:
+def test_a_new_version_replaces_the_one_before(history: list[EditSession], tmp_path: Path, reload: Reload) -> None:
     for number, session in enumerate(history, start=1):
         assert save_session(session, tmp_path).name == f"{number:08d}"
         assert versions(tmp_path) == [f"{number:08d}"]
@@ -302,7 +335,7 @@ def test_a_new_version_replaces_the_one_before(history: list[EditSession], tmp_p
     assert manifest["format"] == FORMAT
 
 
-def test_the_newest_complete_version_counts(history: list[EditSession], tmp_path: Path) -> None:
+def test_the_newest_complete_version_counts(history: list[EditSession], tmp_path: Path, reload: Reload) -> None:
     """As after a crash between writing the new and removing the old."""
     old = save_session(history[1], tmp_path)
     shutil.copytree(old, tmp_path / "kept")
@@ -315,7 +348,9 @@ def test_the_newest_complete_version_counts(history: list[EditSession], tmp_path
 
 
 @pytest.mark.parametrize("half", ["temporary name", "no metadata", "empty", "a file"])
-def test_a_half_written_version_is_passed_over(history: list[EditSession], tmp_path: Path, half: str) -> None:
+def test_a_half_written_version_is_passed_over(
+    history: list[EditSession], tmp_path: Path, half: str, reload: Reload
+) -> None:
     complete = save_session(history[1], tmp_path)
     unfinished = tmp_path / ("00000002.orbax-checkpoint-tmp" if half == "temporary name" else "00000002")
     if half == "a file":
@@ -333,10 +368,12 @@ def test_a_half_written_version_is_passed_over(history: list[EditSession], tmp_p
     assert words(reload(history[2], tmp_path)) == words(history[2])
 
 
-def test_a_session_is_not_written_over_another(history: list[EditSession], stored: Path) -> None:
+def test_a_session_is_not_written_over_another(
+    history: list[EditSession], stored: Path, moments: Moments, reload: Reload
+) -> None:
     settings = dataclasses.replace(history[0].settings, ridge=0.5)
     session = history[0]
-    other = start_session(session.base, session.tokenizer, session.moments, settings)
+    other = start_session(session.base, session.tokenizer, moments, settings)
     earlier, _ = history[2].retract([str(fact.id) for fact in history[2].facts])
     for stranger in (other, history[0]):
         with pytest.raises(SessionError, match="another session, of 3 facts"):
@@ -354,7 +391,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_full_disk_leaves_the_earlier_session(
-    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch
+    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch, reload: Reload
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, (1 << 30) - 1000, 1000))
     with pytest.raises(SessionError, match=r"0 MiB are free.*version 00000001 is intact"):
@@ -364,7 +401,7 @@ def test_a_full_disk_leaves_the_earlier_session(
 
 
 def test_a_write_that_fails_midway_leaves_the_earlier_session(
-    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch
+    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch, reload: Reload
 ) -> None:
     def fail(path: Path, *_: Any, **__: Any) -> None:
         part = path.with_name(path.name + ".orbax-checkpoint-tmp")
@@ -388,7 +425,7 @@ def test_a_write_that_fails_midway_leaves_the_earlier_session(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("when", ["before", "while"])
 def test_a_file_system_that_refuses_leaves_the_earlier_session(
-    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    history: list[EditSession], stored: Path, monkeypatch: pytest.MonkeyPatch, when: str, reload: Reload
 ) -> None:
     """Honestly: files may not grow beyond 4 kB. Once as the check in advance sees it, once as Orbax meets it."""
     import resource
@@ -419,7 +456,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(history: list[EditSession
 # --- what is no session ---------------------------------------------------------------------------------------------
 
 
-def test_an_empty_or_missing_folder_holds_no_session(tmp_path: Path, history: list[EditSession]) -> None:
+def test_an_empty_or_missing_folder_holds_no_session(tmp_path: Path, history: list[EditSession], reload: Reload) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         assert not has_session(folder)
         with pytest.raises(SessionError, match="no session in"):
@@ -448,7 +485,7 @@ def largest_file(folder: Path) -> Path:
 @pytest.mark.usefixtures("orbax_fails")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_damaged_arrays_are_noticed(history: list[EditSession], stored: Path, damage: str) -> None:
+def test_damaged_arrays_are_noticed(history: list[EditSession], stored: Path, damage: str, reload: Reload) -> None:
     path = largest_file(newest_version(stored))
     content = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -469,7 +506,7 @@ def rewrite(version: Path, change: Any) -> None:
     files.write_sums(version)
 
 
-def test_a_newer_format_is_refused(history: list[EditSession], stored: Path) -> None:
+def test_a_newer_format_is_refused(history: list[EditSession], stored: Path, reload: Reload) -> None:
     rewrite(newest_version(stored), lambda manifest: manifest | {"format": FORMAT + 1})
     for act in (lambda: reload(history[1], stored), lambda: read_manifest(stored), lambda: save_session(history[2], stored)):
         with pytest.raises(SessionError, match=f"format {FORMAT + 1}, newer than {FORMAT}"):
@@ -478,7 +515,9 @@ def test_a_newer_format_is_refused(history: list[EditSession], stored: Path) -> 
 
 
 @pytest.mark.parametrize("other", [{}, {"something": "else"}], ids=str)
-def test_another_orbax_checkpoint_is_no_session(history: list[EditSession], stored: Path, other: dict[str, str]) -> None:
+def test_another_orbax_checkpoint_is_no_session(
+    history: list[EditSession], stored: Path, other: dict[str, str], reload: Reload
+) -> None:
     rewrite(newest_version(stored), lambda _: other)
     (newest_version(stored) / files.SUMS).unlink()
     with pytest.raises(SessionError, match="no editing session" if other else "only parts of 00000001"):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 
 from kedit_jax import checkpoint, files
-from kedit_jax.checkpoint import has_session, load_session, lock_session, newest_version, read_manifest, save_session
+from kedit_jax.checkpoint import has_session, lock_session, newest_version, read_manifest, save_session
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import SessionError
 
-
-def reload(session: EditSession, folder: Path) -> EditSession:
-    return load_session(folder, session.base, session.tokenizer, session.moments)
+Reload = Callable[[EditSession, Path], EditSession]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -54,7 +52,7 @@ def test_everything_is_on_the_disk_before_the_version_before_goes(
     assert events.index(("rename", str(tmp_path / ".removed-00000001"))) > named + 1
 
 
-def test_what_killed_writers_left_is_swept_by_the_next(history: list[EditSession], tmp_path: Path) -> None:
+def test_what_killed_writers_left_is_swept_by_the_next(history: list[EditSession], tmp_path: Path, reload: Reload) -> None:
     save_session(history[1], tmp_path)
     for name in (".writing-00000002", ".writing-00000002.orbax-checkpoint-tmp", ".removed-00000000"):
         (tmp_path / name / "arrays").mkdir(parents=True)
@@ -64,7 +62,7 @@ def test_what_killed_writers_left_is_swept_by_the_next(history: list[EditSession
 
 
 def test_a_reader_goes_on_with_the_version_that_replaced_the_one_it_read(
-    history: list[EditSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    history: list[EditSession], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reload: Reload
 ) -> None:
     save_session(history[1], tmp_path)
     load, calls = checkpoint.ocp.load_checkpointables, []
@@ -131,7 +129,9 @@ def test_a_lock_ends_with_its_process(
     assert (tmp_path / files.LOCK).read_text() == "", "nobody holds it"
 
 
-def test_a_lock_holds_within_a_process_too_and_is_handed_on(history: list[EditSession], tmp_path: Path) -> None:
+def test_a_lock_holds_within_a_process_too_and_is_handed_on(
+    history: list[EditSession], tmp_path: Path, reload: Reload
+) -> None:
     with lock_session(tmp_path / "a") as lock:
         with pytest.raises(SessionError, match=f"process {os.getpid()} "):
             save_session(history[1], tmp_path / "a")
@@ -157,7 +157,9 @@ def test_where_there_are_no_locks_is_a_warning(
     assert has_session(tmp_path)
 
 
-def test_an_edit_made_elsewhere_since_loading_is_not_lost(history: list[EditSession], tmp_path: Path) -> None:
+def test_an_edit_made_elsewhere_since_loading_is_not_lost(
+    history: list[EditSession], tmp_path: Path, reload: Reload
+) -> None:
     """Two load the same version, both write: the second is refused, whether it is behind or went another way."""
     save_session(history[1], tmp_path)
     mine, theirs = reload(history[1], tmp_path), reload(history[1], tmp_path)
@@ -205,7 +207,9 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
-def test_any_damage_to_any_file_is_found_and_named(pristine: Path, history: list[EditSession], tmp_path: Path) -> None:
+def test_any_damage_to_any_file_is_found_and_named(
+    pristine: Path, history: list[EditSession], tmp_path: Path, reload: Reload
+) -> None:
     found = list(every_damage(newest_version(pristine)))
     assert len(found) > 40
     for number, (name, how) in enumerate(found):
@@ -227,7 +231,7 @@ def test_any_damage_to_any_file_is_found_and_named(pristine: Path, history: list
 
 
 def test_all_that_is_damaged_is_listed_and_what_systems_hide_is_not(
-    pristine: Path, history: list[EditSession], tmp_path: Path
+    pristine: Path, history: list[EditSession], tmp_path: Path, reload: Reload
 ) -> None:
     shutil.copytree(pristine, tmp_path / "s")
     version = newest_version(tmp_path / "s")
@@ -245,7 +249,9 @@ def test_all_that_is_damaged_is_listed_and_what_systems_hide_is_not(
     ]
 
 
-def test_a_damaged_version_is_never_passed_over_silently(pristine: Path, history: list[EditSession], tmp_path: Path) -> None:
+def test_a_damaged_version_is_never_passed_over_silently(
+    pristine: Path, history: list[EditSession], tmp_path: Path, reload: Reload
+) -> None:
     """The version before may still be there: it is offered, not taken."""
     save_session(history[1], tmp_path)
     shutil.copytree(newest_version(pristine), tmp_path / "00000002")
@@ -259,7 +265,7 @@ def test_a_damaged_version_is_never_passed_over_silently(pristine: Path, history
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_checksums_changed_numbers_are_an_error_still(
-    pristine: Path, history: list[EditSession], tmp_path: Path
+    pristine: Path, history: list[EditSession], tmp_path: Path, reload: Reload
 ) -> None:
     """As sessions of format 2 are, whatever Orbax meets. The control: damage that only the checksums find."""
     shutil.copytree(pristine, tmp_path / "old")

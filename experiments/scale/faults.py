@@ -117,12 +117,16 @@ def _opened(folder: Path, kept: Path, model: Decoder, tokenizer: Any) -> EditSes
 def _ready_sessions(kept: Path) -> tuple[EditSession, EditSession]:
     """Without a program of XLA's: moments and constraints are drawn, and the solver is NumPy's."""
     model, tokenizer = load(assets.model_dir(), dtype=np.float32)
+    before = ready_step(start_session(model, tokenizer, _drawn_moments(model), SETTINGS, priors=kept))
+    return before, ready_step(before)
+
+
+def _drawn_moments(model: Decoder) -> Moments:
+    """The same ones every time."""
     width, rng = model.config.d_ff, np.random.default_rng(0)
     keys = rng.normal(size=(300, width))
     moment = keys.T @ keys / len(keys) + np.eye(width)
-    moments = Moments(dict.fromkeys(SETTINGS.layers, moment), len(keys), model_fingerprint(model), "drawn", str(model.dtype))
-    before = ready_step(start_session(model, tokenizer, moments, SETTINGS, priors=kept))
-    return before, ready_step(before)
+    return Moments(dict.fromkeys(SETTINGS.layers, moment), len(keys), model_fingerprint(model), "drawn", str(model.dtype))
 
 
 def ready_step(session: EditSession) -> EditSession:
@@ -281,10 +285,10 @@ class Tally:
 def ready_faults(forker: Forker, home: Path, times: int, rng: random.Random, say: Callable[[str], None]) -> list[Tally]:
     """Saving and exporting, interrupted and without room."""
     before, after = _ready_sessions(home / "kept")
-    states = {"before": numbers(before), "after": numbers(after)}
+    states, moments = {"before": numbers(before), "after": numbers(after)}, _drawn_moments(before.base)
 
     def opened(folder: Path) -> EditSession:
-        return load_session(folder, before.base, before.tokenizer, before.moments, priors=home / "kept")
+        return load_session(folder, before.base, before.tokenizer, moments, priors=home / "kept")
 
     forker.run("begin", home)
     forker.run("saving", home, at="saving")  # the first one warms up

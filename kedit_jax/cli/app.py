@@ -194,8 +194,13 @@ def edit(
                 console.print(
                     f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
                 )
-            found = _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens)
-            current = start_session(decoder, tokenizer, found, chosen, priors=folder)
+            current = start_session(  # the moments have no name here, so that none are held while facts are written
+                decoder,
+                tokenizer,
+                _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens),
+                chosen,
+                priors=folder,
+            )
         new = _not_yet_written(current, wanted)
         if lock is None:
             _show_plan(current, new, conflicts, similarity)

@@ -70,7 +70,7 @@ def memory_items(
         Item("model", "device", device_bytes(config, spread, itemsize)),
         Item("edited kernels, all layers stacked", "device", kernels * itemsize),
         Item("value optimisation, a micro-batch", "device", _values(config, settings, batch, itemsize, spread), False),
-        Item("second moments", "host", layers * n * n * WIDE),
+        Item("second moments, until their priors are factored", "host", layers * n * n * WIDE),
         Item("factors of the priors", "host", layers * n * n * WIDE),
         Item("solver's states", "host", layers * host.state_size(n, v, facts)),
         Item("recorded keys and targets", "host", layers * facts * (4 * n + WIDE * (v + 1))),

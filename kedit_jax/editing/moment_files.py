@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Moments:
     """Second moments of the keys of some layers, and what they were computed from.
 
     Attributes:
-        by_layer: layer -> C0 [k, k], float64.
+        by_layer: layer -> C0 [k, k], float64; empty in those of a session.
         tokens: size of the sample; less than was asked for where the corpus ended before.
         model: fingerprint of the model whose keys they are.
         corpus: sha256 of the token rows.
@@ -59,6 +59,10 @@ class Moments:
     def fingerprint(self, layers: Sequence[int]) -> str:
         """Names the content for some layers: equal for moments of the same model, layers, corpus and dtype."""
         return _fingerprint(self.model, tuple(sorted(layers)), self.corpus, self.dtype)
+
+    def without_arrays(self) -> "Moments":
+        """What they were computed from, alone: the arrays are as large as the factors that are made of them."""
+        return replace(self, by_layer={})
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class EditSession:
     Attributes:
         base: the model before any edit.
         model: the model with all facts of the session written in.
+        moments: what the second moments were computed from. Their arrays are not kept: all that edits need of them is in
+            the factors of `editors`. Another session is started with those that `compute_moments` returned.
         editors: each edited layer's prior and noise.
         layers: each edited layer's constraints and update.
         facts: the facts it holds, in order; every one has an id.
@@ -489,7 +491,8 @@ def start_session(
     Args:
         model: the model to edit; it is never changed.
         tokenizer: its fast tokenizer.
-        moments: from `compute_moments` on this very model, at least for `settings.layers`.
+        moments: from `compute_moments` on this very model, at least for `settings.layers`. The session holds none of their
+            arrays: a caller who lets go of them frees their memory.
         settings: the editor and all its numbers.
         priors: folder in which factored moments are looked for, and kept; None factors them anew.
 
@@ -549,7 +552,7 @@ def _empty_session(
         raise SessionError(f"no moments for layers {missing}, only for {sorted(moments.by_layer)}; compute them first")
     with solve.float64():
         editors = {layer: settings.build(moments.by_layer[layer], priors) for layer in settings.layers}
-        session = EditSession(model, model, tokenizer, settings, prefixes, moments, editors, {})
+        session = EditSession(model, model, tokenizer, settings, prefixes, moments.without_arrays(), editors, {})
         layers = {layer: histories.empty_history(session.site(layer)) for layer in settings.layers}
     return dataclasses.replace(session, layers=layers)
 

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -239,6 +241,35 @@ def test_an_interrupted_edit_goes_on_where_it_stopped(home: Path, kedit: Kedit, 
     halted, whole_one = read_manifest(home / "halted"), read_manifest(home / "whole")
     assert len(halted.pop("times")) == len(whole_one.pop("times")) == 3
     assert halted == whole_one
+
+
+def test_moments_are_let_go_of_before_facts_are_written(home: Path, kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a new session, which computes them, and in one begun earlier, which reads them."""
+    from kedit_jax.cli import app, common
+
+    arrays: list[weakref.ref[np.ndarray]] = []
+    held: list[list[bool]] = []
+    saved = app.save_session
+
+    def watched(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **options: Any) -> Any:
+            moments = make(*args, **options)
+            arrays.extend(weakref.ref(c0) for c0 in moments.by_layer.values())
+            return moments
+
+        return made
+
+    def save(*args: Any, **options: Any) -> Any:
+        held.append([array() is not None for array in arrays])
+        return saved(*args, **options)
+
+    monkeypatch.setattr(app, "compute_moments", watched(app.compute_moments))
+    monkeypatch.setattr(common, "read_moments", watched(common.read_moments))
+    monkeypatch.setattr(app, "save_session", save)
+    (home / "first.jsonl").write_text(json.dumps(FACTS[0]) + "\n")
+    kedit("edit", "model", "first.jsonl", "--session", "let-go", "--corpus", "corpus.txt", *OPTIONS)
+    kedit("edit", "model", "facts.jsonl", "--session", "let-go")
+    assert held == [[False] * 2, [False] * 4]
 
 
 def test_stats_are_computed_once(home: Path, kedit: Kedit) -> None:

@@ -203,10 +203,15 @@ class TestSession:
         assert content["drift"] == []
 
     def test_a_baseline_is_called_one(
-        self, kedit: Kedit, stored: Callable[..., Path], fresh: EditSession, batches: list[list[EditRequest]]
+        self,
+        kedit: Kedit,
+        stored: Callable[..., Path],
+        fresh: EditSession,
+        batches: list[list[EditRequest]],
+        moments: Moments,
     ) -> None:
         settings = dataclasses.replace(fresh.settings, history="unaligned")
-        session = start_session(fresh.base, fresh.tokenizer, fresh.moments, settings)
+        session = start_session(fresh.base, fresh.tokenizer, moments, settings)
         for batch in (batches[0], batches[2]):
             session, _ = session.edit(batch)
         stored(session)

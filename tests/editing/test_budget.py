@@ -9,6 +9,7 @@ from editing_world import many_requests
 
 from kedit_jax import solve
 from kedit_jax.editing.budget import GIB, memory_items, micro_batches, total, values_bytes, what_to_keep
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession
 from kedit_jax.editing.settings import EditSettings
@@ -38,13 +39,14 @@ def test_the_solvers_state(facts: int) -> None:
     assert nbytes(sequence.solver) <= host.state_size(n, v, facts) <= nbytes(sequence.solver) + slack
 
 
-def test_a_session(history: list[EditSession]) -> None:
+def test_a_session(history: list[EditSession], moments: Moments) -> None:
     session = history[-1]
     foretold = memory_items(session.base.config, session.settings, facts=len(session.facts), batch=3)
     items = {item.what: item.size for item in foretold}
     layers = session.layers.values()
     assert items["model"] == nbytes(session.base)
-    assert items["second moments"] == sum(session.moments.by_layer[n].nbytes for n in session.settings.layers)
+    needed = sum(moments.by_layer[layer].nbytes for layer in session.settings.layers)
+    assert items["second moments, until their priors are factored"] == needed
     assert items["factors of the priors"] == sum(nbytes(editor.prior.factor) for editor in session.editors.values())
     assert items["solver's states"] == sum(nbytes(held.sequence.solver) for held in layers)
     assert items["recorded keys and targets"] == sum(nbytes(held.constraints) for held in layers)

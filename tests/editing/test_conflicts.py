@@ -9,6 +9,7 @@ import pytest
 
 from kedit_jax import solve
 from kedit_jax.editing.conflicts import find_conflicts, resolve
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession, equivalence_error, relative_error, start_session
 from kedit_jax.errors import RequestError, SessionError
@@ -202,9 +203,9 @@ class TestSessions:
         assert [(c.old.id, c.cosine is not None) for c in plan.conflicts] == [("alice", True)]
         assert started.plan([EditRequest(PROMPT, "Carol White", "Oslo")], similarity=0.999999).conflicts == ()
 
-    def test_an_unaligned_session_keeps_everything(self, fresh: EditSession) -> None:
+    def test_an_unaligned_session_keeps_everything(self, fresh: EditSession, moments: Moments) -> None:
         settings = dataclasses.replace(fresh.settings, history="unaligned", conflicts=None, prefixes=0)
-        session = start_session(fresh.base, fresh.tokenizer, fresh.moments, settings)
+        session = start_session(fresh.base, fresh.tokenizer, moments, settings)
         session, _ = session.edit([ALICE])
         after, _ = session.edit([ALICE_2])
         assert names(after) == ["alice", "alice-2"]

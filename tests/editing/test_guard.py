@@ -11,6 +11,7 @@ import pytest
 from kedit_jax.checkpoint import load_session, save_session
 from kedit_jax.editing.algebra import undo
 from kedit_jax.editing.guard import Probe, edit_guarded, finite, relative_norm
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
 from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import KeditError, NonFiniteError
@@ -35,7 +36,7 @@ def test_a_step_within_bounds_is_the_plain_edit(history: list[EditSession], batc
 
 @pytest.mark.parametrize("what", ["norm", "retention", "perplexity", "nan", "raised"])
 def test_a_step_out_of_bounds_is_rolled_back(
-    history: list[EditSession], batches: Batches, texts: list[str], tmp_path: Path, what: str
+    history: list[EditSession], batches: Batches, texts: list[str], moments: Moments, tmp_path: Path, what: str
 ) -> None:
     """The negative control is the same step without a guard, which is kept, and which the probe objects to."""
 
@@ -67,7 +68,7 @@ def test_a_step_out_of_bounds_is_rolled_back(
     # The session is as usable as the one before: stored, loaded, edited, undone.
     save_session(before, tmp_path)
     save_session(kept, tmp_path)
-    loaded = load_session(tmp_path, before.base, before.tokenizer, before.moments)
+    loaded = load_session(tmp_path, before.base, before.tokenizer, moments)
     assert loaded.events == kept.events
     on, _ = loaded.edit(batches[2])
     assert same(on, before.edit(batches[2])[0])

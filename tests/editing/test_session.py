@@ -1,7 +1,7 @@
 """Sessions: sequential equals one-time, nothing changes in place, the same seed gives the same bits, facts go back."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from kedit_jax.editing.values import ValueSettings
 from kedit_jax.errors import KeditError, NonFiniteError, RequestError, SessionError, SolverError
 from kedit_jax.models import Decoder, down_kernel_address, named_parameters, with_parameters
 
+Another = Callable[..., EditSession]
 Batches = Sequence[Sequence[EditRequest]]
 
 
@@ -33,13 +34,6 @@ def numbers(session: EditSession) -> list[bytes]:
     """Every number of a session, as bytes."""
     histories = [(h.constraints, h.sequence) for h in session.layers.values()]
     return bits((session.base, session.model, histories, session.delta, session.reports))
-
-
-def another(session: EditSession, **changes: Any) -> EditSession:
-    """A fresh session with other settings and the same prefixes."""
-    settings = dataclasses.replace(session.settings, prefixes=0, **changes)
-    made = start_session(session.base, session.tokenizer, session.moments, settings)
-    return dataclasses.replace(made, prefixes=session.prefixes)
 
 
 def edit_all(session: EditSession, batches: Batches) -> EditSession:
@@ -93,7 +87,9 @@ def test_fresh_fits_of_histories_of_any_length_share_a_handful_of_programs(
     assert len(rows) <= 1 + 3 * histories.STEPS
 
 
-def test_negative_control_an_unaligned_sequence_is_another_edit(fresh: EditSession, batches: Batches) -> None:
+def test_negative_control_an_unaligned_sequence_is_another_edit(
+    fresh: EditSession, batches: Batches, another: Another
+) -> None:
     unaligned = edit_all(another(fresh, history="unaligned"), batches)
     assert equivalence_error(unaligned) > 1e-2
     with pytest.raises(SessionError, match="cannot retract"):
@@ -101,7 +97,7 @@ def test_negative_control_an_unaligned_sequence_is_another_edit(fresh: EditSessi
 
 
 def test_the_first_batch_is_the_same_with_and_without_history(
-    fresh: EditSession, history: list[EditSession], batches: Batches
+    fresh: EditSession, history: list[EditSession], batches: Batches, another: Another
 ) -> None:
     unaligned, _ = another(fresh, history="unaligned").edit(batches[0])
     assert relative_error(unaligned.delta, history[1].delta) < 1e-11
@@ -179,18 +175,18 @@ def test_the_same_seed_gives_the_same_bits(
 # --- other editors --------------------------------------------------------------------------------------------------
 
 
-def test_alphaedit_stays_in_the_null_space(fresh: EditSession, batches: Batches) -> None:
+def test_alphaedit_stays_in_the_null_space(fresh: EditSession, batches: Batches, moments: Moments, another: Another) -> None:
     session = edit_all(another(fresh, editor="alphaedit"), batches)
     assert equivalence_error(session) < 1e-10
     for layer, history in session.layers.items():
-        values, vectors = np.linalg.eigh(session.moments.by_layer[layer])
+        values, vectors = np.linalg.eigh(moments.by_layer[layer])
         null = vectors[:, values < session.settings.null_threshold]
         assert 0 < null.shape[1] < len(vectors)
         outside = history.update - null @ (null.T @ history.update)
         assert np.linalg.norm(outside) < 1e-12 * np.linalg.norm(history.update)
 
 
-def test_noise_zero_asks_for_equality(fresh: EditSession, batches: Batches) -> None:
+def test_noise_zero_asks_for_equality(fresh: EditSession, batches: Batches, another: Another) -> None:
     session, _ = another(fresh, noise=0.0).edit(batches[0])
     for history in session.layers.values():
         kept = history.constraints.keys @ history.update
@@ -198,7 +194,7 @@ def test_noise_zero_asks_for_equality(fresh: EditSession, batches: Batches) -> N
     assert equivalence_error(session) < 1e-9
 
 
-def test_plain_ridge_needs_no_moments_to_be_regular(fresh: EditSession, batches: Batches) -> None:
+def test_plain_ridge_needs_no_moments_to_be_regular(fresh: EditSession, batches: Batches, another: Another) -> None:
     session = edit_all(another(fresh, editor="ridge", ridge=0.5), batches[:2])
     for history in session.layers.values():
         keys, residuals = np.asarray(history.constraints.keys, np.float64), history.constraints.residuals
@@ -209,7 +205,7 @@ def test_plain_ridge_needs_no_moments_to_be_regular(fresh: EditSession, batches:
 # --- taking facts back ----------------------------------------------------------------------------------------------
 
 
-def test_retraction_equals_a_fresh_fit_of_what_stays(history: list[EditSession]) -> None:
+def test_retraction_equals_a_fresh_fit_of_what_stays(history: list[EditSession], moments: Moments) -> None:
     session = history[-1]
     gone = np.random.default_rng(5).permutation(12)[:5]
     after, step = session.retract([str(session.facts[i].id) for i in gone])
@@ -219,7 +215,7 @@ def test_retraction_equals_a_fresh_fit_of_what_stays(history: list[EditSession])
     for layer, now in after.layers.items():
         constraints = session.layers[layer].constraints
         kept = solve.Constraints(constraints.keys[stay], constraints.residuals[stay], constraints.noise[stay])
-        prior = solve.memit(session.moments.by_layer[layer], session.settings.moment_weight, session.settings.ridge)
+        prior = solve.memit(moments.by_layer[layer], session.settings.moment_weight, session.settings.ridge)
         fresh_fit = np.asarray(solve.one_time(prior, kept).update)
         assert np.linalg.norm(now.update - fresh_fit) < 1e-11 * np.linalg.norm(fresh_fit)
         assert np.linalg.norm(session.layers[layer].update - fresh_fit) > 1e-2 * np.linalg.norm(fresh_fit)
@@ -308,7 +304,9 @@ def test_moments_of_another_model_or_layer_are_refused(
         start_session(model, tokenizer, moments, dataclasses.replace(settings, layers=(0, 4)))
 
 
-def test_layers_are_edited_from_the_lowest(fresh: EditSession, batches: Batches, history: list[EditSession]) -> None:
+def test_layers_are_edited_from_the_lowest(
+    fresh: EditSession, batches: Batches, history: list[EditSession], another: Another
+) -> None:
     session, step = another(fresh, layers=(2, 0)).edit(batches[0])
     assert step.addresses == (down_kernel_address(0), down_kernel_address(2))
     assert bits(session.model) == bits(history[1].model)
@@ -354,7 +352,7 @@ def test_keys_that_are_not_finite_name_their_requests(
         fresh.edit(batches[0])
 
 
-def test_equalities_that_contradict_each_other_are_refused(fresh: EditSession, batches: Batches) -> None:
+def test_equalities_that_contradict_each_other_are_refused(fresh: EditSession, batches: Batches, another: Another) -> None:
     """The same key twice with noise 0: no solution. The session goes on as if nothing had been tried."""
     session, _ = another(fresh, noise=0.0).edit(batches[0])
     before = numbers(session)
@@ -364,7 +362,7 @@ def test_equalities_that_contradict_each_other_are_refused(fresh: EditSession, b
     assert numbers(session) == before
 
 
-def test_requests_that_cannot_be_tokenized_are_all_named(fresh: EditSession, batches: Batches) -> None:
+def test_requests_that_cannot_be_tokenized_are_all_named(fresh: EditSession, batches: Batches, another: Another) -> None:
     """Also those of later micro-batches."""
     long = [EditRequest("{} was born in " + "Oslo " * 70, person, "Rome") for person in ("Alice Smith", "Bob Jones")]
     with pytest.raises(RequestError, match="the model takes 64") as caught:

@@ -1,25 +1,21 @@
 """A session under every editor, mode and post-processor: the same procedure, other priors and other steps."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kedit_jax import solve
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.session import EditSession, equivalence_error, relative_error, start_session
+from kedit_jax.editing.session import EditSession, equivalence_error, relative_error
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError, SessionError
 
+Another = Callable[..., EditSession]
 Batches = list[list[EditRequest]]
-
-
-def another(session: EditSession, **changes: Any) -> EditSession:
-    """A fresh session with other settings and the same prefixes."""
-    settings = dataclasses.replace(session.settings, prefixes=0, **changes)
-    made = start_session(session.base, session.tokenizer, session.moments, settings)
-    return dataclasses.replace(made, prefixes=session.prefixes)
 
 
 def test_every_editor_can_be_named() -> None:
@@ -27,7 +23,9 @@ def test_every_editor_can_be_named() -> None:
 
 
 @pytest.mark.parametrize("editor", solve.EDITORS)
-def test_every_editor_is_its_own_one_time_edit(editor: str, fresh: EditSession, batches: Batches) -> None:
+def test_every_editor_is_its_own_one_time_edit(
+    editor: str, fresh: EditSession, batches: Batches, moments: Moments, another: Another
+) -> None:
     """Batches 1 and 3: no conflicts, which equality constraints could not meet."""
     session = another(fresh, editor=editor, ridge=0.5, null_threshold=1e-3)
     for batch in (batches[0], batches[2]):
@@ -37,7 +35,7 @@ def test_every_editor_is_its_own_one_time_edit(editor: str, fresh: EditSession, 
     kernel = session.site(0).kernel
     values = layer.constraints.residuals + np.asarray(layer.constraints.keys, np.float64) @ kernel
     made = solve.EDITORS[editor](
-        session.moments.by_layer[0], **{name: getattr(session.settings, own) for name, own in USES[editor].items()}
+        moments.by_layer[0], **{name: getattr(session.settings, own) for name, own in USES[editor].items()}
     )
     with solve.float64():
         stack = made.constraints(kernel, layer.constraints.keys, values)
@@ -45,11 +43,11 @@ def test_every_editor_is_its_own_one_time_edit(editor: str, fresh: EditSession, 
     assert np.linalg.norm(layer.update - expected) < 1e-9 * np.linalg.norm(expected)
 
 
-def test_null_space_rules_reach_the_prior(fresh: EditSession) -> None:
+def test_null_space_rules_reach_the_prior(fresh: EditSession, moments: Moments, another: Another) -> None:
     by_rank = another(fresh, editor="alphaedit", null_threshold=None, null_rank=20)
     assert by_rank.editors[0].prior.rank == 20
     share = another(fresh, editor="alphaedit", null_threshold=None, null_relative=1e-3)
-    eigenvalues = np.linalg.eigvalsh(fresh.moments.by_layer[0])
+    eigenvalues = np.linalg.eigvalsh(moments.by_layer[0])
     assert share.editors[0].prior.rank == int((eigenvalues < 1e-3 * eigenvalues[-1]).sum())
 
 
@@ -66,7 +64,7 @@ def test_weights_of_facts_reach_the_constraints(fresh: EditSession, batches: Bat
 
 
 class TestLatest:
-    def test_the_last_batch_alone_stands(self, fresh: EditSession, batches: Batches) -> None:
+    def test_the_last_batch_alone_stands(self, fresh: EditSession, batches: Batches, another: Another) -> None:
         session = another(fresh, history="latest", conflicts=None)
         for batch in (batches[0], batches[2]):
             session, _ = session.edit(batch)
@@ -75,7 +73,7 @@ class TestLatest:
         with pytest.raises(SessionError, match="history 'latest'"):
             session.retract([str(session.facts[0].id)])
 
-    def test_simplified_drifts(self, fresh: EditSession, batches: Batches) -> None:
+    def test_simplified_drifts(self, fresh: EditSession, batches: Batches, another: Another) -> None:
         session = another(fresh, history="latest-simplified", conflicts=None)
         for batch in (batches[0], batches[2]):
             session, _ = session.edit(batch)
@@ -83,7 +81,9 @@ class TestLatest:
 
 
 class TestPost:
-    def test_compensated_steps_leave_the_last_error_alone(self, fresh: EditSession, batches: Batches) -> None:
+    def test_compensated_steps_leave_the_last_error_alone(
+        self, fresh: EditSession, batches: Batches, another: Another
+    ) -> None:
         """Algorithm 1: D - D* is what the last step's post-processing did."""
         errors = {}
         for compensate in (True, False):
@@ -105,7 +105,7 @@ class TestPost:
         assert errors[True] < 1e-10
         assert errors[False] > 1e-2
 
-    def test_a_retracted_fact_leaves_no_trace(self, fresh: EditSession, batches: Batches) -> None:
+    def test_a_retracted_fact_leaves_no_trace(self, fresh: EditSession, batches: Batches, another: Another) -> None:
         session = another(fresh, post="prune")
         whole, _ = session.edit(batches[0])
         whole, _ = whole.edit(batches[2])

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.scale.faults import numbers, state_of
 from kedit_jax.checkpoint import load_session, save_session
+from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.session import EditSession
 
 ROOT = Path(__file__).parents[2]
@@ -25,11 +26,11 @@ def test_a_dozen_faults_leave_one_version_or_the_other() -> None:
     assert all(times == resumed for times, resumed in rows)
 
 
-def test_negative_control_what_is_between_is_found(history: list[EditSession], tmp_path: Path) -> None:
+def test_negative_control_what_is_between_is_found(history: list[EditSession], moments: Moments, tmp_path: Path) -> None:
     states = {"before": numbers(history[1]), "after": numbers(history[2])}
 
     def opened(folder: Path) -> EditSession:
-        return load_session(folder, history[1].base, history[1].tokenizer, history[1].moments)
+        return load_session(folder, history[1].base, history[1].tokenizer, moments)
 
     for number, name in ((1, "before"), (2, "after")):
         save_session(history[number], tmp_path / name)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from kedit_jax import solve
 from kedit_jax.editing.algebra import compact
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.session import EditSession, start_session
+from kedit_jax.editing.session import EditSession
 from kedit_jax.errors import SessionError, SolverError
 from kedit_jax.verification import TOLERANCES, Check, verify_session, verify_solver
 from kedit_jax.verification.checks import Measured, worst
@@ -219,14 +220,19 @@ def tampered(session: EditSession, layer: int, share: float) -> EditSession:
     return dataclasses.replace(session, layers={**session.layers, layer: dataclasses.replace(held, sequence=sequence)})
 
 
-def another(session: EditSession, batches: list[list[EditRequest]], **changes: object) -> EditSession:
-    """A session with other settings and two batches."""
-    settings = dataclasses.replace(session.settings, prefixes=0, **changes)
-    made = start_session(session.base, session.tokenizer, session.moments, settings)
-    made = dataclasses.replace(made, prefixes=session.prefixes)
-    for batch in (batches[0], batches[2]):
-        made, _ = made.edit(batch)
-    return made
+@pytest.fixture(scope="module")
+def edited(
+    fresh: EditSession, batches: list[list[EditRequest]], another: Callable[..., EditSession]
+) -> Callable[..., EditSession]:
+    """Makes a session with other settings and two batches."""
+
+    def make(**changes: object) -> EditSession:
+        session = another(fresh, **changes)
+        for batch in (batches[0], batches[2]):
+            session, _ = session.edit(batch)
+        return session
+
+    return make
 
 
 class TestSession:
@@ -262,20 +268,18 @@ class TestSession:
             layers = {**session.layers, 0: dataclasses.replace(held, constraints=changed)}
             assert [check.holds for check in verify_session(dataclasses.replace(session, layers=layers))] == [False, True]
 
-    def test_a_baseline_does_not_hold(self, fresh: EditSession, batches: list[list[EditRequest]]) -> None:
+    def test_a_baseline_does_not_hold(self, edited: Callable[..., EditSession]) -> None:
         for changes in ({"history": "unaligned"}, {"post": "rect:0.4", "compensate": False}):
-            assert not any(check.holds for check in verify_session(another(fresh, batches, **changes)))
+            assert not any(check.holds for check in verify_session(edited(**changes)))
 
-    def test_compensated_post_processing_is_checked_against_its_steps(
-        self, fresh: EditSession, batches: list[list[EditRequest]]
-    ) -> None:
-        session = another(fresh, batches, post="rect:0.4")
+    def test_compensated_post_processing_is_checked_against_its_steps(self, edited: Callable[..., EditSession]) -> None:
+        session = edited(post="rect:0.4")
         assert all(check.holds for check in verify_session(session))
         assert not verify_session(tampered(session, 0, 1e-8))[0].holds
 
-    def test_the_latest_batch_alone_can_be_promised(self, fresh: EditSession, batches: list[list[EditRequest]]) -> None:
-        assert all(check.holds for check in verify_session(another(fresh, batches, history="latest")))
-        assert not any(check.holds for check in verify_session(another(fresh, batches, history="latest-simplified")))
+    def test_the_latest_batch_alone_can_be_promised(self, edited: Callable[..., EditSession]) -> None:
+        assert all(check.holds for check in verify_session(edited(history="latest")))
+        assert not any(check.holds for check in verify_session(edited(history="latest-simplified")))
 
     def test_nothing_to_verify_is_an_error(self, fresh: EditSession) -> None:
         with pytest.raises(SessionError, match="no facts"):
