@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from kedit_jax import leftovers, solve
+from kedit_jax import solve
 from kedit_jax.delta import Dense, EditDelta, Update, add_on_host, host_kernel, relative_error, write_kernels
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
+from kedit_jax.editing import leftovers
 from kedit_jax.editing.budget import MicroBatches, micro_batches, what_to_keep
 from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
 from kedit_jax.editing.history import LayerHistory, Site

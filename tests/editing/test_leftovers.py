@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kedit_jax import leftovers
+from kedit_jax.editing import leftovers
 
 
 @pytest.fixture
