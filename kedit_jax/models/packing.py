@@ -81,15 +81,16 @@ def _to_tokens(rows: Array, slots: Array, homes: Array, used: Array) -> Array:
     return rows.reshape(-1, *rows.shape[2:]).at[homes].get(mode="fill", fill_value=0)[None]
 
 
+# Heads are no index of these gathers: where they lie spread over devices, each gathers its own.
+
+
 def _to_head_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
-    heads = jnp.arange(tokens.shape[2])[None, :, None]
-    return tokens[0].at[slots[:, None, :], heads].get(mode="promise_in_bounds")
+    return jnp.swapaxes(_to_rows(tokens, slots, homes, used), 1, 2)
 
 
 def _to_head_tokens(rows: Array, slots: Array, homes: Array, used: Array) -> Array:
-    row, column = jnp.divmod(homes[:, None], rows.shape[2])  # of places that are not used, a row beyond the last
-    heads = jnp.arange(rows.shape[1])[None]
-    return rows.at[row, heads, column].get(mode="fill", fill_value=0)[None]
+    row, column = jnp.divmod(homes, rows.shape[2])  # of places that are not used, a row beyond the last
+    return rows.at[row, :, column].get(mode="fill", fill_value=0)[None]
 
 
 def _to_real_rows(tokens: Array, slots: Array, homes: Array, used: Array) -> Array:
