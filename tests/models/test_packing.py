@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -311,3 +315,37 @@ def test_attention_reads_a_cache_with_heads_first_alike() -> None:
     expected = np.asarray(attended(past))
     assert largest(np.asarray(attended(heads)), expected) < 1e-14
     assert largest(np.asarray(attended(heads._replace(v=heads.v[:, ::-1]))), expected) > 1e-2
+
+
+SPREAD = """
+import json, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from kedit_jax.models.packing import Packing, pack_heads, unpack_heads
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+packing = Packing(np.arange(12).reshape(3, 4), np.arange(12), np.ones((3, 4), bool), shared=False)
+spread = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+tokens = jax.ShapeDtypeStruct((1, 12, 6, 8), jnp.float32, sharding=spread)
+
+def there_and_back(tokens):
+    return pack_heads(packing, 2 * unpack_heads(packing, tokens))
+
+def with_heads_as_an_index(tokens):
+    return tokens[0].at[jnp.asarray(packing.slots)[:, None, :], jnp.arange(6)[None, :, None]].get()
+
+def moved(work):
+    text = jax.jit(work).lower(tokens).compile().as_text()
+    return sum(text.count(kind + "(") for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+def slope(tokens):
+    return jax.grad(lambda tokens: (there_and_back(tokens) ** 2).sum())(tokens)
+
+print(json.dumps([moved(work) for work in (there_and_back, slope, with_heads_as_an_index)]))
+"""
+
+
+def test_heads_that_are_spread_over_devices_stay_where_they_are() -> None:
+    forced = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", SPREAD], env=os.environ | forced, capture_output=True, text=True, check=True)
+    there, slope, control = json.loads(run.stdout)
+    assert there == slope == 0
+    assert control, "heads as an index of the gather move between devices: the test notices"
