@@ -62,7 +62,8 @@ class Place:
         made.suptitle(title, fontsize="medium")
         try:
             yield list(axes.flat)
-            made.savefig(self.folder / f"{self.stem}-{name}.png", dpi=90, metadata={"Software": None})
+            path = self.folder / f"{self.stem}-{name}.png"
+            made.savefig(path, dpi=80, metadata={"Software": None}, pil_kwargs={"optimize": True})
         finally:
             pyplot.close(made)
 
