@@ -194,13 +194,7 @@ def edit(
                 console.print(
                     f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
                 )
-            current = start_session(  # the moments have no name here, so that none are held while facts are written
-                decoder,
-                tokenizer,
-                _compute(decoder, tokenizer, corpus, chosen.layers, folder, max_tokens),
-                chosen,
-                priors=folder,
-            )
+            current = _started(decoder, tokenizer, corpus, chosen, folder, max_tokens)
         new = _not_yet_written(current, wanted)
         if lock is None:
             _show_plan(current, new, conflicts, similarity)
@@ -257,6 +251,14 @@ def _requests(records: list[Record]) -> list[EditRequest]:
             f"{len(proposed)} of {len(records)} facts name no subject; it was proposed from prompt and paraphrases"
         )
     return [record.request() for record in records]
+
+
+def _started(
+    model: Decoder, tokenizer: Any, corpus: Path, settings: EditSettings, folder: Path, max_tokens: float | None
+) -> EditSession:
+    """A new session; its moments are let go of here, and none are held while facts are written."""
+    found = _compute(model, tokenizer, corpus, settings.layers, folder, max_tokens)
+    return start_session(model, tokenizer, found, settings, priors=folder)
 
 
 def _compute(

@@ -321,7 +321,7 @@ def _null_space(
         chosen = _below("relative", relative, eigenvalues, max(float(eigenvalues[-1]), 0.0))
     else:
         chosen = _below("threshold", NULL_THRESHOLD if threshold is None else threshold, eigenvalues, 1.0)
-    return eigenvalues[:chosen], np.ascontiguousarray(vectors[:, :chosen])
+    return eigenvalues[:chosen], vectors[:, :chosen].copy()  # never a view, which would hold all vectors
 
 
 def _checked_rank(rank: int, eigenvalues: Float[np.ndarray, "n"]) -> int:
