@@ -355,6 +355,7 @@ def _edit_in_batches(
 ) -> EditSession:
     """Stored after every step, or every few where a guard probes only then; ends at the first that it does not keep."""
     batches = [new[begin : begin + size] for begin in range(0, len(new), size)]
+    session = session.sized_for(batches)
     with show.bar(console, "facts", len(new)) as move:
         for begin in range(0, len(batches), watch.every):
             session, breaches = watch.edit(session, batches[begin : begin + watch.every], policy)

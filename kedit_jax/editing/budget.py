@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Int, Shaped
 
-from kedit_jax.editing.packed import Sizes
+from kedit_jax.editing.packed import Sizes, larger
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Keep, ModelConfig, abstract_decoder, named_parameters
@@ -139,7 +139,7 @@ def micro_batches(
     size = min(-(-len(requests) // shares), settings.micro_batch or len(requests))
     if held is not None and size == len(requests) and size < held.requests <= SMALL:
         layouts = _arranged([requests], held.requests, held)
-        if _least(config, settings, layouts[0], itemsize, spread) <= settings.memory * GIB:
+        if _least(config, settings, layouts[0].sizes, itemsize, spread) <= settings.memory * GIB:
             return MicroBatches(layouts, [np.arange(size)])
     while True:
         count = shares * -(-len(requests) // (size * shares))  # as many in each share
@@ -149,10 +149,31 @@ def micro_batches(
         layouts = _arranged(parts, size, held if held is not None and held.requests == size else None)
         if len({layout.sizes for layout in layouts}) > 1:
             layouts = _arranged(parts, size, layouts[-1].sizes)  # the first may have grown to those of the last
-        largest = max(_least(config, settings, layout, itemsize, spread) for layout in layouts)
+        largest = max(_least(config, settings, layout.sizes, itemsize, spread) for layout in layouts)
         if size == 1 or largest <= settings.memory * GIB:
             return MicroBatches(layouts, places)
         size = max(1, min(size - 1, int(size * settings.memory * GIB / largest)))
+
+
+def sizes_for(
+    config: ModelConfig,
+    settings: EditSettings,
+    batches: Sequence[Sequence[Sequence[Encoded]]],
+    *,
+    itemsize: int,
+    held: Sizes | None = None,
+    spread: Spread | None = None,
+) -> Sizes | None:
+    """Sizes that hold the parts of each of these batches, or of all but the longest where memory has no room for those.
+
+    They are of parts with as many requests as any batch's; `held` are those known before.
+    """
+    for requests in batches:
+        found = micro_batches(config, settings, requests, itemsize=itemsize, held=held, spread=spread).layouts[-1].sizes
+        both = found if held is None or found.requests > held.requests else larger(held, found)
+        if both.requests == found.requests and _least(config, settings, both, itemsize, spread) <= settings.memory * GIB:
+            held = both
+    return held
 
 
 def _dealt(requests: Sequence[Sequence[Encoded]], count: int) -> list[Int[np.ndarray, " r"]]:
@@ -185,10 +206,10 @@ def what_to_keep(
     return "products" if needed <= settings.memory * GIB else "inputs"
 
 
-def _least(config: ModelConfig, settings: EditSettings, layout: Layout, itemsize: int, spread: Spread | None) -> int:
+def _least(config: ModelConfig, settings: EditSettings, sizes: Sizes, itemsize: int, spread: Spread | None) -> int:
     """What a micro-batch must have: blocks recompute only where few requests would fit otherwise."""
-    keep: Keep = "products" if layout.n_requests > FEW else "inputs"
-    return values_bytes(config, layout.sizes, settings.layers[-1], keep, itemsize, spread)
+    keep: Keep = "products" if sizes.requests > FEW else "inputs"
+    return values_bytes(config, sizes, settings.layers[-1], keep, itemsize, spread)
 
 
 def typical_sizes(requests: int, prefixes: int) -> Sizes:

@@ -109,7 +109,7 @@ def empty_history(site: Site, base: Compacted | None = None) -> LayerHistory:
         solve.check(status)
         update = base.update
     sequence: sequences.Sequence | host.HostSequence
-    if _is_exact(site) and host.suits(site.prior):
+    if site.procedure.post is None and site.procedure.mode in ("aligned", "unaligned") and host.suits(site.prior):
         sequence = host.begin(site.prior, values, base=state, update=update)
     elif base is not None:
         sequence = sequences.Sequence(update=base.update, solver=state)
@@ -145,7 +145,7 @@ def _moved(
 ) -> tuple[sequences.Sequence | host.HostSequence, Update]:
     """The sequence one step further, and the step."""
     if isinstance(sequence, host.HostSequence):
-        moved, found = host.advance(sequence, site.prior, block, dtype=dtype)
+        moved, found = host.advance(sequence, site.prior, block, dtype=dtype, aligned=site.procedure.mode == "aligned")
         return moved, LowRank(np.asarray(found.left), np.asarray(found.right))
     if sequence.solver is not None and _is_exact(site):
         solver, found = solve.sequential(sequence.solver, site.prior, block, dtype=dtype)

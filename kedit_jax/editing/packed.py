@@ -51,6 +51,11 @@ class Sizes(NamedTuple):
         return Sizes(*(-(-int(LONGER * size) // share) for size in self))._replace(**exact, **columns)
 
 
+def larger(*sizes: Sizes) -> Sizes:
+    """What holds each of them."""
+    return Sizes(*map(max, zip(*sizes, strict=True)))
+
+
 class Packed(NamedTuple):
     """Packed tokens of the R * C + K rows of a layout.
 

@@ -21,7 +21,7 @@ from kedit_jax.delta import Dense, EditDelta, Update, add_on_host, host_kernel, 
 from kedit_jax.editing import history as histories
 from kedit_jax.editing import keys as reading
 from kedit_jax.editing import leftovers
-from kedit_jax.editing.budget import MicroBatches, micro_batches, what_to_keep
+from kedit_jax.editing.budget import MicroBatches, micro_batches, sizes_for, what_to_keep
 from kedit_jax.editing.conflicts import Plan, find_conflicts, resolve
 from kedit_jax.editing.history import LayerHistory, Site
 from kedit_jax.editing.moments import Moments, check_layers
@@ -140,6 +140,22 @@ class EditSession:
         event = Event("edit", _ids(plan.written), plan.replaced, _ids(plan.skipped), texts=texts_of(plan.written))
         session = dataclasses.replace(session, events=(*self.events, event), skipped=(*self.skipped, *plan.skipped))
         return session, difference_of(self, session) if plan.replaced else EditDelta(steps)
+
+    def sized_for(self, batches: Sequence[Sequence[EditRequest]]) -> "EditSession":
+        """The same session with arrays that hold each of these batches, for a stream that is known ahead.
+
+        Sizes are otherwise found as batches come, and a batch of longer prompts than those before costs programs of its own,
+        seconds of compiling each. Nothing is computed on the model. Batches of other sizes than the largest keep their own.
+
+        Raises:
+            RequestError: requests that cannot be used; all of them are listed.
+        """
+        rows = iter(self._encoded([request for batch in batches for request in batch]))
+        sizes = sizes_for(
+            self.base.config, self.settings, [[next(rows) for _ in batch] for batch in batches],
+            itemsize=self.base.dtype.itemsize, held=self.sizes, spread=self.base.spread,
+        )  # fmt: skip
+        return dataclasses.replace(self, sizes=sizes)
 
     def plan(
         self, requests: Sequence[EditRequest], *, conflicts: str | None = None, similarity: float | None = None

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kedit_jax.editing.packed import Sizes
+from kedit_jax.editing.packed import Sizes, larger
 from kedit_jax.editing.tokens import Encoded, Layout, align
 from kedit_jax.models import Decoder, Keep, Past, Projections, causal_mask, pack, positions_of, unpack
 from kedit_jax.models.spread import apart, on_shares, together
@@ -184,7 +184,7 @@ def optimise_in_rounds(
             return [part.found for part in parts if part.found is not None]
         for part in parts:
             part.shrink(smaller)
-        common = Sizes(*map(max, zip(*(part.layout.sizes for part in parts), strict=True)))
+        common = larger(*(part.layout.sizes for part in parts))
         for part in parts:
             if part.layout.sizes != common:
                 part.shrink(common)

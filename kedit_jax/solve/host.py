@@ -55,7 +55,7 @@ class HostState:
 
 @record
 class HostSequence:
-    """A kernel [n, v] in the middle of a sequence of exact steps (mode `aligned`, no post-processing); a pytree."""
+    """A kernel [n, v] in the middle of a sequence of steps without post-processing; a pytree."""
 
     update: Float[np.ndarray, "n v"]
     """The sum of all steps as applied."""
@@ -88,7 +88,12 @@ def begin(
 
 
 def advance(
-    sequence: HostSequence, prior: Prior, block: Constraints, *, dtype: DTypeLike = np.float64
+    sequence: HostSequence,
+    prior: Prior,
+    block: Constraints,
+    *,
+    dtype: DTypeLike = np.float64,
+    aligned: bool = True,
 ) -> tuple[HostSequence, Step]:
     """One step, D_t = D*(S_t) - D*(S_{t-1}) (Prop. 3.2 of "The Labyrinth and the Thread"), added to the update.
 
@@ -96,19 +101,26 @@ def advance(
         sequence: from `begin` or an earlier step; stays as it is.
         prior: the one it was begun with.
         block: u constraints, residuals against the ORIGINAL kernel.
+        aligned: False leaves the history out of the step, as the mode `unaligned` of `sequences` does: D_t is the one-time
+            edit of the block alone, from where the kernel stands. Nothing of it is kept but the update.
         dtype: of the step's factors, rounded once. Where the update has it, too, it is the sum of rounded steps.
 
     Raises:
         SolverError: no constraints, keys that do not fit the prior, or a step that cannot be solved.
     """
     check_fits(prior, block)
-    residuals, noise = (np.asarray(x, np.float64) for x in (block.residuals, block.noise))
-    state, status = append(sequence.solver, _whitened(prior, block.keys), residuals, noise)
+    keys, residuals, noise = (np.asarray(x, np.float64) for x in (block.keys, block.residuals, block.noise))
+    before = sequence.solver
+    if not aligned:
+        residuals = residuals - keys @ sequence.update
+        before = begin(prior, residuals.shape[1]).solver
+    state, status = append(before, _whitened(prior, keys), residuals, noise)
     check(status)
     new = slice(len(state.rows) - block.size, None)
     left = _unwhitened(prior, state.rows.array[new]).T.astype(dtype, copy=False)
     right = state.solved.array[new].astype(dtype, copy=False)
-    return HostSequence(_plus(sequence.update, left, right), _folded(state)), Step(left, right, status)
+    solver = _folded(state) if aligned else sequence.solver
+    return HostSequence(_plus(sequence.update, left, right), solver), Step(left, right, status)
 
 
 def append(

@@ -18,13 +18,14 @@ from kedit_jax.editing import keys as reading
 from kedit_jax.editing import packed as packing_module
 from kedit_jax.editing import tokens as token_module
 from kedit_jax.editing import values as value_module
-from kedit_jax.editing.budget import micro_batches
+from kedit_jax.editing.budget import micro_batches, sizes_for, values_bytes
 from kedit_jax.editing.packed import Packed, Sizes, pack_rows, room
 from kedit_jax.editing.requests import EditRequest
-from kedit_jax.editing.session import EditSession
+from kedit_jax.editing.session import EditSession, relative_error
 from kedit_jax.editing.settings import EditSettings
 from kedit_jax.editing.tokens import Encoded, Layout, align, lay_out
 from kedit_jax.editing.values import SHARE
+from kedit_jax.errors import RequestError
 from kedit_jax.models import Decoder, Packing, gpt2_config
 
 # --- against a naive reading ----------------------------------------------------------------------------------------
@@ -256,6 +257,45 @@ def test_small_batches_of_mixed_sizes_need_a_handful_of_programs(monkeypatch: py
     assert programs() <= 12
     monkeypatch.setattr(budget_module, "SMALL", 0)
     assert programs() > 36
+
+
+def test_a_stream_that_is_known_ahead_needs_one_set_of_programs() -> None:
+    """20 batches of 50 and a shorter last one; the negative control finds its sizes as they come."""
+    requests = many_requests(1020)
+    batches = [requests[i : i + 50] for i in range(0, len(requests), 50)]
+    ahead = sizes_for(BIG, EditSettings((0,)), batches, itemsize=4)
+
+    def found(held: Sizes | None) -> list[Sizes]:
+        sizes = []
+        for batch in batches[:-1]:
+            layouts, _ = micro_batches(BIG, EditSettings((0,)), batch, itemsize=4, held=held)
+            held = layouts[-1].sizes
+            sizes += [layout.sizes for layout in layouts]
+        return sizes
+
+    assert set(found(ahead)) == {ahead}
+    assert len(set(found(None))) > 1
+    least = min(values_bytes(BIG, sizes, 0, "products", 4) for sizes in found(None))
+    assert ahead is not None
+    assert least < values_bytes(BIG, ahead, 0, "products", 4)
+    tight = EditSettings((0,), memory=least / budget_module.GIB)
+    fits = sizes_for(BIG, tight, batches, itemsize=4)
+    assert fits is not None
+    assert values_bytes(BIG, fits, 0, "products", 4) <= least, "no larger than memory allows"
+
+
+def test_a_session_sized_ahead_makes_the_same_edits(fresh: EditSession, batches: list[list[EditRequest]]) -> None:
+    long = EditRequest("In old Rome and far Oslo and new Lima, the house of {} stands in", "Dan Brown", "old Paris")
+    ahead = fresh.sized_for([batches[0], [*batches[1][:2], long]])
+    assert ahead.sizes is not None
+    assert ahead.sizes.prefix > fresh._micro_batches(batches[0]).layouts[0].sizes.prefix
+    after, _ = ahead.edit(batches[0])
+    assert after.sizes == ahead.sizes
+    plain, _ = fresh.edit(batches[0])
+    assert relative_error(after.delta, plain.delta) <= 1e-5, "float32, in arrays of another shape"
+    endless = [[EditRequest("{}" + " is old" * 60, name, "Paris")] for name in ("Alice Smith", "Dan Brown")]
+    with pytest.raises(RequestError, match=r"(?s)Alice Smith.*Dan Brown"):
+        fresh.sized_for(endless)
 
 
 def test_padding_that_does_not_fit_into_memory_is_left_out() -> None:

@@ -12,7 +12,7 @@ from solve_problems import sequence as compiled_steps
 
 from kedit_jax import solve
 from kedit_jax.errors import SolverError
-from kedit_jax.solve import host
+from kedit_jax.solve import host, sequences
 from kedit_jax.solve.rows import Rows
 from kedit_jax.verification import sums
 from kedit_jax.verification.checks import Measured
@@ -73,6 +73,20 @@ def test_verification_measures_these_steps(check: Callable[[Problem], Measured],
     assert check(p).error <= p.tau
     without_history(monkeypatch)
     assert check(p).error > 1e-2
+
+
+@pytest.mark.parametrize("family", ["power-law", "alphaedit"])
+def test_unaligned_steps_are_those_of_the_compiled_sequence(family: str) -> None:
+    p = problem(family)
+    ours, theirs = host.begin(p.prior, V), sequences.begin(p.prior, V, mode="unaligned")
+    for begin in range(0, p.all.size, 40):
+        block = p.block(slice(begin, begin + 40))
+        ours, step = host.advance(ours, p.prior, block, aligned=False)
+        theirs, taken = sequences.advance(theirs, p.prior, block, mode="unaligned")
+        assert relative(step.dense(), np.asarray(taken.update)) <= p.tau
+    assert relative(ours.update, np.asarray(theirs.update)) <= p.tau
+    assert len(ours.solver.rows) == 0, "nothing is kept"
+    assert relative(ours.update, one_time(p, p.all)) > 1e-2, "negative control: the history matters here"
 
 
 def test_equality_constraints_are_met() -> None:
