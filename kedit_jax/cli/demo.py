@@ -55,7 +55,8 @@ SETTINGS = EditSettings(
 ALPHAEDIT = replace(SETTINGS, editor="alphaedit", null_threshold=0.02, l2=1.0)
 MOMENT_TOKENS = 20_480  # 10 x the key width
 MEASURED = 2
-"""Of so many facts, and held-out texts, one is measured: all would take as long as a row's edits."""
+"""Of so many facts one is measured: all would take as long as a row's edits."""
+HELDOUT_TEXTS = 50
 RETAINED = 100
 RETRACTED = 100
 SHOWN = 4
@@ -158,7 +159,7 @@ def _set_up(console: Console, edits: int, folder: Path) -> Stage:
         f"{edits} will be given another object."
     )
     records = records[:edits]
-    heldout = prepare_texts(assets.heldout()[::MEASURED], tokenizer, max_length=model.config.max_positions)
+    heldout = prepare_texts(assets.heldout()[:HELDOUT_TEXTS], tokenizer, max_length=model.config.max_positions)
     kept = folder / "moments"
     with show.bar(console, "second moments (tokens)") as move:
         moments = compute_moments(
