@@ -168,7 +168,7 @@ def _keys_ahead(
 def _batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]]:
     """Rows packed into batches of about `size` tokens, longest first, each where it fits first.
 
-    A batch is as wide as its longest row, in powers of two, and its height one of at most four, so that few programs are
+    A batch is as wide as its longest row, and as high as it has lines, both in powers of two, so that few programs are
     compiled. Beside the tokens come the numbers of their rows, from 1 on in each line; 0 is padding.
     """
     left = sorted(rows, key=len, reverse=True)
@@ -188,8 +188,7 @@ def _batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Int[np.ndarray, "
                 free.append(width)
             lines[at].append(row)
             free[at] -= len(row)
-        quarter = max(1, most // 4)
-        shape = (-(-len(lines) // quarter) * quarter, width)
+        shape = (min(most, 1 << (len(lines) - 1).bit_length()), width)
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for i, line in enumerate(lines):
             used = width - free[i]
@@ -222,8 +221,8 @@ def _keys(
     found: list[Array] = []
     for first, stop in _consecutive(layers):
         if at < first:
-            h, _ = model.run_layers(h, at, first, positions=positions, mask=mask)
-        h, keys = model.run_layers(h, first, stop, positions=positions, mask=mask)
+            h, _ = model.run_layers(h, at, first, positions=positions, mask=mask, causal=True)
+        h, keys = model.run_layers(h, first, stop, positions=positions, mask=mask, causal=True)
         found.extend(keys)
         at = stop
     return found if model.spread is None else model.spread.everywhere(found)
@@ -241,9 +240,12 @@ def _products(batches: _Keys, layers: tuple[int, ...], into: Float[np.ndarray, "
     Raises:
         NonFiniteError: keys that are not finite.
     """
+    ends = np.cumsum([valid.sum() for valid, _ in batches]).tolist()
+    rows = np.empty((ends[-1], len(into)))  # once for all layers: what is new must be mapped first, 2 % of the whole
     for place, layer in enumerate(layers):
-        keys = np.concatenate([np.asarray(by_layer[place])[valid] for valid, by_layer in batches]).astype(np.float64)
-        product = dsyrk(1.0, keys.T, beta=0.0, c=into, lower=1, overwrite_c=1)
+        for (valid, by_layer), end in zip(batches, ends, strict=True):
+            rows[end - valid.sum() : end] = np.asarray(by_layer[place])[valid]
+        product = dsyrk(1.0, rows.T, beta=0.0, c=into, lower=1, overwrite_c=1)
         if not np.isfinite(product.diagonal()).all():
             raise NonFiniteError(f"layer {layer} puts out NaN or infinite keys on the corpus; check the weights")
         yield layer, product

@@ -104,6 +104,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "#R Q S"],
         past: Past | None = None,
         packing: Packing | None = None,
+        causal: bool = False,
         keep: Keep = "inputs",
     ) -> tuple[Float[Array, "B T d"], Float[Array, "layers B T d_ff"]]:
         """Layers start <= i < stop (static integers) on the residual stream h.
@@ -117,6 +118,7 @@ class Decoder(nnx.Module):
             away what lies outside of it by themselves.
           past: attention keys and values of earlier tokens in these layers, as `prefill` returned them.
           packing: the tokens are packed ones, [1, N, d]; `mask` and `past` are those of its rows.
+          causal: no token attends to one behind it, whatever the mask says: long rows without `past` then take less.
           keep: for the gradient; "products" saves half a forward pass in three and takes the memory of the activations.
 
         Returns:
@@ -126,7 +128,7 @@ class Decoder(nnx.Module):
         Raises:
           KeditError: no such layers, or shapes that do not fit together.
         """
-        attended = _Attended(positions, mask, past, packing, packing)
+        attended = _Attended(positions, mask, past, packing, packing, causal)
         h, keys, _ = self._scan(h, start, stop, attended, keep_kv=False, keep=keep)
         return h, keys
 
@@ -260,7 +262,7 @@ class Decoder(nnx.Module):
     def _scan(
         self, h: Array, start: int, stop: int, attended: _Attended, *, keep_kv: bool, keep: Keep = "inputs"
     ) -> tuple[Array, Array, Any]:
-        positions, mask, past, packing, _ = attended
+        positions, mask, past, packing = attended[:4]
         _check_segment(self.config, h, start, stop, mask, past, packing)
         kinds = self._kinds(start, stop)
         views = self._views(attended, kinds)
@@ -289,9 +291,9 @@ class Decoder(nnx.Module):
 
     def _views(self, attended: _Attended, kinds: tuple[bool, ...], at: Int[Array, "B A"] | None = None) -> tuple[View, View]:
         """What layers without and with a sliding window see, made once for all of them."""
-        positions, mask, past, packing, queries = attended
+        positions, mask, past, packing, queries, causal = attended
         local = self.config.local
-        view = View(self._rotation(positions, local=False), mask, packing, queries)
+        view = View(self._rotation(positions, local=False), mask, packing, queries, causal)
         if local is None or not any(kinds):
             return view, view
         rows = positions if packing is None else unpack(packing, positions)
@@ -303,7 +305,7 @@ class Decoder(nnx.Module):
             before = past.positions[0]
             seen = jnp.concatenate([before, jnp.broadcast_to(rows, (len(before), rows.shape[1]))], axis=1)
         near = windowed(mask, asking, seen, local.window)
-        return view, View(self._rotation(positions, local=True), near, packing, queries)
+        return view, view._replace(rotation=self._rotation(positions, local=True), mask=near)
 
     def _rotation(self, positions: Int[Array, "B T"], *, local: bool) -> Rotation | None:
         """The rotary angles of layers with or without a sliding window."""
@@ -321,6 +323,7 @@ class _Attended(NamedTuple):
     past: Past | None
     packing: Packing | None
     queries: Packing | None
+    causal: bool = False
 
 
 def _policy(keep: Keep) -> Any:
@@ -344,7 +347,10 @@ def _view(views: tuple[View, View], kinds: tuple[bool, ...], place: Array) -> Vi
     if len(set(kinds)) <= 1:
         return views[any(kinds)]
     local = jnp.asarray(kinds)[place]
-    return jax.tree.map(lambda far, near: jnp.where(local, near, far), *views)
+    far, near = views
+    differ = (far.rotation, far.mask), (near.rotation, near.mask)
+    rotation, mask = jax.tree.map(lambda a, b: jnp.where(local, b, a), *differ)
+    return far._replace(rotation=rotation, mask=mask)
 
 
 def positions_of(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -367,7 +373,7 @@ def down_kernel_address(layer: int) -> str:
 def _logits(model: Decoder, tokens: Array, valid: Array) -> Array:
     positions = positions_of(valid)
     h = model.embed(jnp.where(valid, tokens, 0), positions)  # a padding id may lie outside the vocabulary
-    h, _ = model.run_layers(h, 0, model.config.n_layers, positions=positions, mask=causal_mask(valid))
+    h, _ = model.run_layers(h, 0, model.config.n_layers, positions=positions, mask=causal_mask(valid), causal=True)
     return model.logits(h)
 
 

@@ -17,6 +17,7 @@ from oracle_models import padded, quick_jit
 
 from kedit_jax.errors import KeditError
 from kedit_jax.models import KV, Decoder, ModelConfig, causal_mask, generate, gpt2_config, load_model, positions_of
+from kedit_jax.models import layers as layers_module
 from kedit_jax.models.config import LocalAttention
 from kedit_jax.models.layers import attend, windowed
 from kedit_jax.models.loading import abstract_decoder
@@ -69,6 +70,30 @@ def test_past_and_rest_equal_the_whole_pass(pairs, name):
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(rest), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(whole[0]) - np.asarray(forgetful[0]))[valid[:, cut:]].max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3.1", "gemma2", "gemma3"])
+def test_causal_rows_attend_in_blocks(pairs, name, monkeypatch):
+    """Rows of several blocks, the last one shorter; the negative control sees what is behind it, which blocks leave out."""
+    monkeypatch.setattr(layers_module, "CAUSAL_BLOCK", 4)
+    model = pairs[name].model
+    tokens, positions, mask, valid = _inputs(model)
+    assert tokens.shape[1] > 8
+    assert tokens.shape[1] % 4
+
+    @quick_jit
+    def both(model: Decoder) -> Any:
+        h = model.embed(tokens, positions)
+
+        def run(mask: jax.Array, *, causal: bool) -> jax.Array:
+            return model.run_layers(h, 0, 3, positions=positions, mask=mask, causal=causal)[0]
+
+        everything = jnp.broadcast_to(jnp.asarray(valid)[:, None, :], mask.shape)
+        return run(mask, causal=True), run(mask, causal=False), run(everything, causal=True), run(everything, causal=False)
+
+    blocks, whole, cut, free = (np.asarray(h)[valid] for h in both(model))
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-5)
+    assert np.abs(cut - free).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gemma3"])
