@@ -50,7 +50,7 @@ from kedit_jax.editing.session import EditSession, check_editable, start_session
 from kedit_jax.editing.settings import USES, EditSettings
 from kedit_jax.errors import KeditError
 from kedit_jax.evaluation import Record
-from kedit_jax.models import Decoder
+from kedit_jax.models import Decoder, ModelConfig
 from kedit_jax.solve.postprocess import POSTS
 from kedit_jax.solve.sequences import MODES
 
@@ -189,11 +189,7 @@ def edit(
             if preset is not None:
                 check_preset(preset, decoder.config)
             lock = None if dry_run else until_stored.enter_context(lock_session(session))
-            if chosen is None:
-                chosen = _with_options(derive_settings(decoder.config), options)
-                console.print(
-                    f"no settings published or given: layers {', '.join(map(str, chosen.layers))}, from the model's depth"
-                )
+            chosen = chosen or _derived(decoder.config, options)
             current = _started(decoder, tokenizer, corpus, chosen, folder, max_tokens)
         new = _not_yet_written(current, wanted)
         if lock is None:
@@ -288,6 +284,13 @@ def _settings(file: Path | None, preset: str | None, options: dict[str, Any]) ->
     if preset is not None:
         return _with_options(PRESETS[preset].settings, options)
     return _with_options(EditSettings(options["layers"]), options) if options["layers"] else None
+
+
+def _derived(config: ModelConfig, options: dict[str, Any]) -> EditSettings:
+    """Settings for a model that nobody published any for."""
+    settings = _with_options(derive_settings(config), options)
+    console.print(f"no settings published or given: layers {', '.join(map(str, settings.layers))}, from the model's depth")
+    return settings
 
 
 def _with_options(settings: EditSettings, options: dict[str, Any]) -> EditSettings:

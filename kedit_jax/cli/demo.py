@@ -55,7 +55,7 @@ SETTINGS = EditSettings(
 ALPHAEDIT = replace(SETTINGS, editor="alphaedit", null_threshold=0.02, l2=1.0)
 MOMENT_TOKENS = 20_480  # 10 x the key width
 MEASURED = 2
-"""Of so many facts one is measured: all would take as long as a row's edits."""
+"""Of so many facts one is measured: all would take more than half as long as a row's edits."""
 HELDOUT_TEXTS = 50
 RETAINED = 100
 RETRACTED = 100

@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
             away what lies outside of it by themselves.
           past: attention keys and values of earlier tokens in these layers, as `prefill` returned them.
           packing: the tokens are packed ones, [1, N, d]; `mask` and `past` are those of its rows.
-          causal: no token attends to one behind it, whatever the mask says: long rows without `past` then take less.
+          causal: the mask lets no token attend to one behind it (not checked): long rows without `past` then take less.
           keep: for the gradient; "products" saves half a forward pass in three and takes the memory of the activations.
 
         Returns:
