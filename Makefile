@@ -3,20 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The solver's many small factorizations are done sooner by one BLAS thread than by several that spin beside XLA's own:
-# 2.5 s against 7.0 s for 30 steps of 50 edits at key width 2048, on 2 cores, one run each.
-export OPENBLAS_NUM_THREADS ?= 1
-
 .PHONY: demo test clean
 
-# One malloc arena keeps the peak at 1.8 GiB, where glibc's arena for each thread took it to 2.2.
+# BLAS threads that are idle sleep after 2^14 cycles; by default they spin for 2^26, 20 ms or so, on a core that XLA needs.
+# Twenty steps of 50 edits in three layers of width 2048, XLA in between, on two cores: 1.97 s for the steps by default,
+# 1.23 s with one BLAS thread, 0.78 s with two that sleep after 2^4 to 2^18. One malloc arena keeps the peak at 1.8 GiB, where glibc's arena for each thread took it to 2.2.
 demo: .venv/.installed
-	MALLOC_ARENA_MAX=1 $(BIN)/kedit demo $(ARGS)
+	OPENBLAS_THREAD_TIMEOUT=$${OPENBLAS_THREAD_TIMEOUT:-14} MALLOC_ARENA_MAX=1 $(BIN)/kedit demo $(ARGS)
 
 # Tests compile far more than they compute: code that XLA does not optimise took 40 CPU-s where optimised took 84
-# (tests/editing/test_session.py and test_algebra.py). Two processes, each held to its own share of the cores.
+# (tests/editing/test_session.py and test_algebra.py). Two processes, each held to its own share of the cores, with one BLAS
+# thread each.
 test: .venv/.installed-dev
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OPENBLAS_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

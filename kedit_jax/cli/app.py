@@ -228,8 +228,8 @@ def main() -> None:
 
 
 def _few_blas_threads() -> AbstractContextManager[object]:
-    """On few cores one BLAS thread, unless the user has chosen: more spin beside XLA's and triple the solver's time."""
-    if (os.cpu_count() or 1) > FEW_CORES or "OPENBLAS_NUM_THREADS" in os.environ:
+    """On few cores one BLAS thread, unless the user has chosen: more spin beside XLA's, where they are not told to sleep."""
+    if (os.cpu_count() or 1) > FEW_CORES or {"OPENBLAS_NUM_THREADS", "OPENBLAS_THREAD_TIMEOUT"} & set(os.environ):
         return nullcontext()
     from threadpoolctl import threadpool_limits  # importing it sets an environment variable
 

@@ -54,10 +54,11 @@ SETTINGS = EditSettings(
 # AlphaEdit's L2 as published for Qwen2.5: of 1,000 edits it met 99.8 % here, the 10 published for other models 94.6 %.
 ALPHAEDIT = replace(SETTINGS, editor="alphaedit", null_threshold=0.02, l2=1.0)
 MOMENT_TOKENS = 20_480  # 10 x the key width
-MEASURED = 2
-"""Of so many facts one is measured: all would take more than half as long as a row's edits."""
+MEASURED = 250
+"""Facts that are measured, spread evenly: all 1,000 would take more than half as long as a row's edits."""
+EARLIEST = 5
+"""Retention is that of one in so many of them."""
 HELDOUT_TEXTS = 50
-RETAINED = 100
 RETRACTED = 100
 SHOWN = 4
 
@@ -172,7 +173,7 @@ def _set_up(console: Console, edits: int, folder: Path) -> Stage:
             progress=move,
         )
     requests = [record.request() for record in records]
-    measured = prepare(records[::MEASURED], tokenizer)
+    measured = prepare(records[:: max(1, edits // MEASURED)], tokenizer)
     return Stage(model, tokenizer, records, requests, measured, heldout, moments, kept, {})
 
 
@@ -197,7 +198,7 @@ def _advance(move: Callable[[int, int], None], before: int, edits: int, what: st
 
 
 def _evaluate(stage: Stage, model: Decoder) -> Evaluation:
-    return evaluate(model, stage.prepared, heldout=stage.heldout, first=RETAINED // MEASURED)
+    return evaluate(model, stage.prepared, heldout=stage.heldout, first=len(stage.prepared.records) // EARLIEST)
 
 
 def _errors(session: EditSession) -> tuple[float, float]:

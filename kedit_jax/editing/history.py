@@ -4,7 +4,7 @@ Arrays and the solver alone, no model: a session does for every edited layer wha
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,12 +169,18 @@ def replayed(
     history = empty_history(site, base)
     if base is None:
         history = dataclasses.replace(history, sequence=_in_dtype(history.sequence, dtype))
+    for block in _blocks(constraints, sizes):
+        history, _ = extended(history, site, block, dtype)
+    return history
+
+
+def _blocks(constraints: solve.Constraints, sizes: Sequence[int]) -> Iterator[solve.Constraints]:
+    """The constraints in batches of these sizes, without the empty ones."""
     begin = 0
     for size in sizes:
         if size:
-            history, _ = extended(history, site, solve.take(constraints, np.arange(begin, begin + size)), dtype)
+            yield solve.take(constraints, np.arange(begin, begin + size))
         begin += size
-    return history
 
 
 def restored(
@@ -186,10 +192,12 @@ def restored(
     base: Compacted | None = None,
 ) -> LayerHistory:
     """The history that these parts, as a checkpoint keeps them, were taken from; the solver's state is built anew."""
-    if site.procedure.mode == "aligned":
+    sequence = empty_history(site, base).sequence
+    if site.procedure.mode == "aligned" and isinstance(sequence, host.HostSequence):
+        for block in _blocks(constraints, sizes):
+            sequence = host.remember(sequence, site.prior, block)
+    elif site.procedure.mode == "aligned":
         sequence = replayed(site, constraints, sizes, base).sequence
-    else:
-        sequence = empty_history(site).sequence
     return LayerHistory(constraints, retired, dataclasses.replace(sequence, update=update), base)
 
 

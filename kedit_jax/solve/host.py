@@ -108,19 +108,43 @@ def advance(
     Raises:
         SolverError: no constraints, keys that do not fit the prior, or a step that cannot be solved.
     """
-    check_fits(prior, block)
-    keys, residuals, noise = (np.asarray(x, np.float64) for x in (block.keys, block.residuals, block.noise))
-    before = sequence.solver
-    if not aligned:
-        residuals = residuals - keys @ sequence.update
-        before = begin(prior, residuals.shape[1]).solver
-    state, status = append(before, _whitened(prior, keys), residuals, noise)
-    check(status)
+    if aligned:
+        state, status = _appended(sequence.solver, prior, block)
+    else:
+        nothing = begin(prior, sequence.update.shape[1]).solver
+        state, status = _appended(nothing, prior, block, reached=sequence.update)
     new = slice(len(state.rows) - block.size, None)
     left = _unwhitened(prior, state.rows.array[new]).T.astype(dtype, copy=False)
     right = state.solved.array[new].astype(dtype, copy=False)
     solver = _folded(state) if aligned else sequence.solver
     return HostSequence(_plus(sequence.update, left, right), solver), Step(left, right, status)
+
+
+def remember(sequence: HostSequence, prior: Prior, block: Constraints) -> HostSequence:
+    """The sequence after an aligned step that is known to be in its update already: half of `advance`.
+
+    Raises:
+        SolverError: as for `advance`.
+    """
+    state, _ = _appended(sequence.solver, prior, block)
+    return HostSequence(sequence.update, _folded(state))
+
+
+def _appended(
+    before: HostState, prior: Prior, block: Constraints, reached: Float[np.ndarray, "n v"] | None = None
+) -> tuple[HostState, Status]:
+    """The state with the block's constraints, nothing multiplied out; raises where there is none.
+
+    Args:
+        reached: an update after which the block's residuals are taken.
+    """
+    check_fits(prior, block)
+    keys, residuals, noise = (np.asarray(x, np.float64) for x in (block.keys, block.residuals, block.noise))
+    if reached is not None:
+        residuals = residuals - keys @ reached
+    state, status = append(before, _whitened(prior, keys), residuals, noise)
+    check(status)
+    return state, status
 
 
 def append(

@@ -49,6 +49,22 @@ def test_steps_are_those_of_the_compiled_solver(family: str, size: int) -> None:
         assert all(relative(ours.dense(), theirs.dense()) <= p.tau for ours, theirs in zip(steps, compiled, strict=False))
 
 
+def test_a_sequence_whose_update_is_known_is_remembered_to_the_last_bit() -> None:
+    """What a checkpoint needs not store: the rows, and after 80 of them the inverse that they are multiplied into."""
+    p = problem("power-law")
+    for count in (60, 160):
+        stack = solve.take(p.all, np.arange(count))
+        written, _ = run(p.prior, stack, 20)
+        again = host.begin(p.prior, V, update=written.update)
+        for begin in range(0, count, 20):
+            again = host.remember(again, p.prior, solve.take(stack, np.arange(begin, begin + 20)))
+        assert (again.solver.base is None) == (count == 60)
+        for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(written), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(SolverError, match="no constraints"):
+        host.remember(again, p.prior, solve.take(p.all, np.arange(0)))
+
+
 def without_history(patch: pytest.MonkeyPatch) -> None:
     """Every step starts from the prior alone."""
     original = host.append
