@@ -186,10 +186,11 @@ class Ours:
 
     def edit(self, count: int, onwards: bool = False) -> dict[str, float]:
         """Write requests, the first ones, or those behind the last edit's into its session; seconds by part."""
-        session = self._after if onwards else self._session
-        begin = len(session.facts)
+        if not onwards:
+            self._after = self._session  # what the edit before it wrote is no part of what this one takes
+        begin = len(self._after.facts)
         with timed_parts(self._clock), self._clock.part("all"):
-            self._after, _ = session.edit(self._problem.requests[begin : begin + count])
+            self._after, _ = self._after.edit(self._problem.requests[begin : begin + count])
         if "compiling" not in self._held:
             self._held["compiling"] = memory()["peak"]
             forget_peak()

@@ -177,14 +177,37 @@ def sizes_for(
 
 
 def _dealt(requests: Sequence[Sequence[Encoded]], count: int) -> list[Int[np.ndarray, " r"]]:
-    """The requests dealt to `count` parts, shortest first, forth and back; which is which, in each part."""
+    """The requests dealt to `count` parts, as many to each and with as many tokens; which is which, in each part.
+
+    Forth and back, shortest first; then the parts with most and fewest tokens swap two requests as long as that evens them.
+    A part that is one request short counts its first one, a short one, twice, for that is what `align` pads it with.
+    """
     if count == 1:
         return [np.arange(len(requests))]
-    lengths = [sum(len(row.tokens) - row.subject_last for row in rows) for rows in requests]
+    lengths = np.array([_suffix_tokens(rows) for rows in requests])
     order = np.argsort(lengths, kind="stable")
     turns, place = np.divmod(np.arange(len(requests)), count)
     part = np.where(turns % 2 == 0, place, count - 1 - place)
-    return [order[part == number] for number in range(count)]
+    parts = [order[part == number] for number in range(count)]
+    size = max(map(len, parts))
+    sums = np.array([lengths[at].sum() + (lengths[at[0]] if len(at) < size else 0) for at in parts])
+    for _ in requests:
+        most, fewest = int(sums.argmax()), int(sums.argmin())
+        gains = lengths[parts[most][1:], None] - lengths[parts[fewest][1:]]
+        apart = sums[most] - sums[fewest]
+        if not gains.size:
+            break
+        i, j = np.unravel_index(np.abs(2 * gains - apart).argmin(), gains.shape)
+        if not 0 < gains[i, j] < apart:
+            break
+        parts[most][1 + i], parts[fewest][1 + j] = parts[fewest][1 + j], parts[most][1 + i]
+        sums[[most, fewest]] += [-gains[i, j], gains[i, j]]
+    return parts
+
+
+def _suffix_tokens(rows: Sequence[Encoded]) -> int:
+    """Of a request: from the subjects' last tokens on, without the last one of each target, which is no input."""
+    return sum(len(row.tokens) - row.subject_last - bool(row.target) for row in rows[:-1])
 
 
 def _arranged(parts: Sequence[Sequence[Sequence[Encoded]]], size: int, held: Sizes | None) -> list[Layout]:

@@ -8,6 +8,7 @@ import pytest
 from editing_world import many_requests
 
 from kedit_jax import solve
+from kedit_jax.editing import budget
 from kedit_jax.editing.budget import GIB, memory_items, micro_batches, total, values_bytes, what_to_keep
 from kedit_jax.editing.moments import Moments
 from kedit_jax.editing.requests import EditRequest
@@ -120,6 +121,22 @@ def test_micro_batches_stay_within_the_memory(cap: int | None) -> None:
     assert parts[0] == (4 if cap == 7 else 1)
     assert parts[-1] == 24, "one request is taken as it is"
     assert len(set(parts)) > 2, "the memory hardly matters: the test shows nothing"
+
+
+def test_parts_hold_as_many_tokens_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are computed at the size of the largest, and those that are one request short are padded with their first one."""
+    requests, settings = many_requests(100, SMALL_GPT2.vocab_size), EditSettings((TOP,), micro_batch=15)
+
+    def spread() -> float:
+        layouts, places = micro_batches(SMALL_GPT2, settings, requests, itemsize=4)
+        assert sorted(map(len, places)) == [14] * 5 + [15] * 2
+        used = [layout.packed.after.packing.used.sum() for layout in layouts]
+        return (max(used) - min(used)) / np.mean(used)
+
+    even = spread()
+    assert even <= 0.02
+    monkeypatch.setattr(budget, "_dealt", lambda requests, count: np.array_split(np.arange(len(requests)), count))
+    assert spread() > 3 * even
 
 
 def test_little_memory_means_small_micro_batches(fresh: EditSession, batches: list[list[EditRequest]]) -> None:
