@@ -5,9 +5,8 @@ BIN := .venv/bin
 
 .PHONY: demo test clean
 
-# BLAS threads that are idle sleep after 2^14 cycles; by default they spin for 2^26, 20 ms or so, on a core that XLA needs.
-# Twenty steps of 50 edits in three layers of width 2048, XLA in between, on two cores: 1.97 s for the steps by default,
-# 1.23 s with one BLAS thread, 0.78 s with two that sleep after 2^4 to 2^18. One malloc arena keeps the peak at 1.8 GiB, where glibc's arena for each thread took it to 2.2.
+# BLAS threads that are idle sleep after 2^14 cycles; by default they spin for 2^26, 20 ms or so, on cores that XLA needs (the
+# README has times). One malloc arena keeps the peak at 1.6 GiB; glibc's arena for each thread took 0.4 more.
 demo: .venv/.installed
 	OPENBLAS_THREAD_TIMEOUT=$${OPENBLAS_THREAD_TIMEOUT:-14} MALLOC_ARENA_MAX=1 $(BIN)/kedit demo $(ARGS)
 
