@@ -193,15 +193,16 @@ def _dealt(requests: Sequence[Sequence[Encoded]], count: int) -> list[Int[np.nda
     sums = np.array([lengths[at].sum() + (lengths[at[0]] if len(at) < size else 0) for at in parts])
     for _ in requests:
         most, fewest = int(sums.argmax()), int(sums.argmin())
-        gains = lengths[parts[most][1:], None] - lengths[parts[fewest][1:]]
-        apart = sums[most] - sums[fewest]
+        (long, i), (short, j) = (np.unique(lengths[parts[at][1:]], return_index=True) for at in (most, fewest))
+        gains, uneven = long[:, None] - short, sums[most] - sums[fewest]
         if not gains.size:
             break
-        i, j = np.unravel_index(np.abs(2 * gains - apart).argmin(), gains.shape)
-        if not 0 < gains[i, j] < apart:
+        best = np.unravel_index(np.abs(2 * gains - uneven).argmin(), gains.shape)
+        gain, here, there = gains[best], 1 + i[best[0]], 1 + j[best[1]]
+        if not 0 < gain < uneven:
             break
-        parts[most][1 + i], parts[fewest][1 + j] = parts[fewest][1 + j], parts[most][1 + i]
-        sums[[most, fewest]] += [-gains[i, j], gains[i, j]]
+        parts[most][here], parts[fewest][there] = parts[fewest][there], parts[most][here]
+        sums[[most, fewest]] += [-gain, gain]
     return parts
 
 
